@@ -1,0 +1,29 @@
+"""Relativistic gradient descent and the diffusion matrix of SGD's noise, for Keras."""
+
+from keras_rgd import epsilon
+from keras_rgd.diffusion import DiffusionMatrix, DiffusionMetric
+from keras_rgd.measurement import diffusion_matrix
+from keras_rgd.model import RGDMixin, RGDModel, RGDSequential, to_rgd
+from keras_rgd.monitor import DiffusionMonitor
+from keras_rgd.optimizer import RGD
+from keras_rgd.record import DiffusionRecord, load_records, save_records
+from keras_rgd.summaries import plot_spectrum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RGD",
+    "DiffusionMatrix",
+    "DiffusionMetric",
+    "DiffusionMonitor",
+    "DiffusionRecord",
+    "RGDMixin",
+    "RGDModel",
+    "RGDSequential",
+    "diffusion_matrix",
+    "epsilon",
+    "load_records",
+    "plot_spectrum",
+    "save_records",
+    "to_rgd",
+]

@@ -1,0 +1,163 @@
+"""The largest eigenvalue of D and the spectral measure of v, by matrix products alone.
+
+XLA's eigensolver does not belong in a compiled step: on a CPU it takes 1.5 s at N = 512, where
+seven squarings take milliseconds.
+"""
+
+import tensorflow as tf
+
+from keras_rgd import vectors
+
+# (tr K^p)^(1/p) with p = 2^7 from six squarings: at most N^(1/128) too large, 5% at N = 512.
+_SQUARINGS = 6
+
+# Nodes of the quadrature rule for v's spectral measure. The weak-field error is a function so
+# smooth on [0, 1/eps) that eight give it to about six digits.
+_LANCZOS_STEPS = 8
+
+
+def trace_power_bound(k):
+    """An upper bound on the largest eigenvalue of a positive semi-definite matrix.
+
+    M <= (tr K^p)^(1/p) <= N^(1/p) M with p = 2^7, by repeated squaring, normalised each time.
+
+    Args:
+        k: K, shape (N, N), symmetric.
+
+    Returns:
+        A scalar tensor, 0 for K = 0.
+    """
+    trace = tf.linalg.trace(k)
+    log_bound = tf.math.log(trace)
+    power = tf.math.divide_no_nan(k, trace)
+    exponent = 1.0
+    for _ in range(_SQUARINGS):
+        power = power @ power
+        exponent /= 2
+        trace_of_power = tf.linalg.trace(power)
+        log_bound += exponent * tf.math.log(trace_of_power)
+        power = tf.math.divide_no_nan(power, trace_of_power)
+    # The trace of one more square is the sum of squares.
+    log_bound += exponent / 2 * tf.math.log(tf.reduce_sum(tf.square(power)))
+    # Rounding may not take the bound below M.
+    n = tf.cast(tf.shape(k)[0], k.dtype)
+    rounding = 1 + 4 * n * tf.constant(_machine_epsilon(k.dtype), k.dtype)
+    return tf.where(trace > 0, tf.exp(log_bound) * rounding, tf.zeros_like(trace))
+
+
+def lanczos_measure(k, u, mass):
+    """Gauss-Radau quadrature, one node at 0, for the spectral measure of v.
+
+    With u along H G v, Lanczos on K gives Gauss quadrature for lam dmu(lam), mu the spectral
+    measure of v / |v|; dividing its weights by the nodes and giving the rest to 0 gives mu
+    (Golub and Meurant, Matrices, Moments and Quadrature).
+
+    Args:
+        k: K, shape (N, N).
+        u: H G v normalised, shape (N,), or 0.
+        mass: v^T D v / |v|^2, a scalar tensor.
+
+    Returns:
+        `(nodes, weights)`, each of shape (m + 1,), the weights summing to 1.
+    """
+    alphas, betas, basis = [], [], [u]
+    tiny = 8 * tf.constant(_machine_epsilon(k.dtype), k.dtype) * tf.linalg.trace(k)
+    for step in range(_LANCZOS_STEPS):
+        image = tf.linalg.matvec(k, basis[-1])
+        alphas.append(tf.reduce_sum(basis[-1] * image))
+        if step == _LANCZOS_STEPS - 1:
+            break
+        # Twice is enough to keep the basis orthogonal.
+        for _ in range(2):
+            for q in basis:
+                image -= tf.reduce_sum(q * image) * q
+        beta = tf.norm(image)
+        # The Krylov space may end before N; the rest of T is then zero and has no weight.
+        beta = tf.where(beta > tiny, beta, tf.zeros_like(beta))
+        betas.append(beta)
+        basis.append(tf.math.divide_no_nan(image, beta))
+    nodes, ritz = tf.linalg.eigh(_tridiagonal(alphas, betas))
+    nodes = tf.maximum(nodes, 0)
+    weights = tf.math.divide_no_nan(mass * tf.square(ritz[0]), nodes)
+    # A node that is rounding alone would get a weight that is.
+    weights = tf.where(nodes > tiny, weights, tf.zeros_like(weights))
+    total = tf.reduce_sum(weights)
+    weights /= tf.maximum(total, 1)
+    return (
+        tf.concat([nodes, [0.0]], 0),
+        tf.concat([weights, [tf.maximum(1 - total, 0)]], 0),
+    )
+
+
+def moments_measure(lambda_max, first, second):
+    """Gauss-Radau quadrature with one node at `lambda_max`, from two moments of v alone.
+
+    Exact for 1, lam and lam^2; where `lambda_max` bounds the spectrum, an upper bound for the
+    functions in the weak-field error.
+
+    Args:
+        lambda_max: M, a scalar tensor.
+        first: v^T D v / |v|^2.
+        second: |D v|^2 / |v|^2.
+
+    Returns:
+        `(nodes, weights)`, each of shape (2,), the weights summing to 1.
+    """
+    rest = tf.maximum(lambda_max - first, 0)
+    node = tf.maximum(tf.math.divide_no_nan(lambda_max * first - second, rest), 0)
+    gap = lambda_max - node
+    weight = tf.clip_by_value(tf.math.divide_no_nan(first - node, gap), 0, 1)
+    return tf.stack([node, lambda_max]), tf.stack([1 - weight, weight])
+
+
+def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
+    """The largest eigenvalue of D from below, by Golub-Kahan bidiagonalisation of H G / sqrt(N).
+
+    Starts from u, v and alpha with (H G)^T u = alpha sqrt(N) v, and goes on until one more step
+    raises the estimate by less than `growth`, relatively, or `max_steps` are taken.
+
+    Args:
+        dot: the function from v to H G v / sqrt(N).
+        combine: the function from u to G^T H u / sqrt(N).
+        alpha: the first diagonal entry, a scalar tensor.
+        v: a list of tensors of norm 1.
+        u: shape (N,), of norm 1.
+        max_steps: how many entries the diagonal may have, an int.
+        limit: how many it may have this time, a scalar integer tensor, at most `max_steps`.
+        growth: relative growth of the estimate at which it is settled.
+
+    Returns:
+        The largest Ritz value, a scalar tensor.
+    """
+    def top(alphas, betas):
+        lower = tf.linalg.diag(alphas) + tf.linalg.diag(betas[1:], k=-1)
+        return trace_power_bound(lower @ tf.transpose(lower))
+
+    def go_on(step, _alphas, _betas, _u, _v, before, now):
+        return tf.logical_and(step < limit, now > (1 + growth) * before)
+
+    def one_step(step, alphas, betas, u, v, _before, now):
+        r = dot(v) - alphas[step - 1] * u
+        beta = tf.norm(r)
+        u = tf.math.divide_no_nan(r, beta)
+        image = vectors.add(combine(u), v, -beta)
+        alpha = vectors.norm(image)
+        v = [tf.math.divide_no_nan(x, alpha) for x in image]
+        alphas = tf.tensor_scatter_nd_update(alphas, [[step]], [alpha])
+        betas = tf.tensor_scatter_nd_update(betas, [[step]], [beta])
+        return step + 1, alphas, betas, u, v, now, top(alphas, betas)
+
+    zeros = tf.zeros([max_steps], alpha.dtype)
+    alphas = tf.tensor_scatter_nd_update(zeros, [[0]], [alpha])
+    start = (tf.constant(1), alphas, zeros, u, v, tf.zeros_like(alpha), tf.square(alpha))
+    return tf.while_loop(go_on, one_step, start)[-1]
+
+
+def _tridiagonal(diagonal, off_diagonal):
+    t = tf.linalg.diag(tf.stack(diagonal))
+    off = tf.linalg.diag(tf.stack(off_diagonal), k=1)
+    return t + off + tf.transpose(off)
+
+
+def _machine_epsilon(dtype):
+    return float(tf.experimental.numpy.finfo(dtype.as_numpy_dtype).eps)

@@ -1,0 +1,425 @@
+"""The diffusion matrix D and the diffusion metric g = I + eps D, on per-example gradients.
+
+D = (1/N) G^T H G, Eq. (2) of the paper, with the rows of G the per-example gradients and
+H = I - 11^T/N. It has d x d entries and is never formed: K = (1/N) H G G^T H, N x N, has the same
+nonzero eigenvalues, and products with D go through the examples.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+import tensorflow as tf
+
+from keras_rgd import bounds, vectors
+from keras_rgd import epsilon as epsilon_rules
+from keras_rgd.epsilon import Spectrum
+
+# Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
+# docs/epsilon.md.
+ESTIMATE_MARGIN = 1.3
+
+# The estimate of the last batch stands while this batch's is within this factor of it.
+_AGREEMENT = 2.0
+
+# Where they disagree, at most so many steps, until one raises the estimate by less than this.
+_MAX_STEPS = 8
+_GROWTH = 0.05
+
+# Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
+_LARGEST_RELATIVE_CUT = 0.05
+
+_FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """D v kept as factors, so that none of them leaves the range of the dtype.
+
+    D v = norm * size * alpha * direction. With v / |v| = w: size = sqrt(w^T D w) and
+    alpha**2 = |D w|^2 / w^T D w, at most the largest eigenvalue.
+    """
+
+    norm: tf.Tensor  # |v|, ()
+    size: tf.Tensor  # |H G w| / sqrt(N), in units of a gradient, ()
+    alpha: tf.Tensor  # in units of a gradient, ()
+    direction: list  # of norm 1, or 0; shaped as the weights
+    examples: tf.Tensor  # H G w normalised, (N,)
+
+    @property
+    def unit(self):
+        """A positive number of the order of the square root of D's eigenvalues."""
+        return tf.where(self.alpha > 0, self.alpha, tf.ones_like(self.alpha))
+
+
+class DiffusionMatrix:
+    """D of one batch as an operator, with its spectrum.
+
+    Products work on tensors, also inside a graph. What returns numpy arrays computes in float64
+    from the N x N matrix and works outside a graph only.
+
+    Args:
+        gradients: the batch's `PerExampleGradients`.
+    """
+
+    def __init__(self, gradients):
+        self.gradients = gradients
+        self._eigen = None
+
+    @property
+    def shape(self):
+        """(d, d)."""
+        return (self.n_weights, self.n_weights)
+
+    @property
+    def n_examples(self):
+        """N."""
+        return self.gradients.n_examples
+
+    @property
+    def n_weights(self):
+        """d, the number of trainable scalars."""
+        return vectors.size(self.gradients.weights)
+
+    def matvec(self, v):
+        """D v = (1/N) sum_i (k_i - mean k) g_i with k = G v, Eq. (2) applied to v.
+
+        Args:
+            v: a list of tensors shaped as the weights.
+
+        Returns:
+            A list of tensors shaped as the weights.
+
+        Raises:
+            ValueError: v is not shaped as the weights.
+        """
+        image = self.image(self._vector(v))
+        return vectors.scale(image.direction, image.norm * image.size * image.alpha)
+
+    def image(self, v):
+        """D v as an `Image`, for v a list of tensors shaped as the weights."""
+        norm = vectors.norm(v)
+        k = self.gradients.dot([tf.math.divide_no_nan(x, norm) for x in v])
+        centred = k - tf.reduce_mean(k)
+        # Equal k differ by rounding alone; that is no variance.
+        noise = 32 * np.finfo(k.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.abs(k))
+        centred = tf.where(tf.reduce_max(tf.abs(centred)) > noise, centred, tf.zeros_like(k))
+        length = vectors.norm([centred])
+        examples = tf.math.divide_no_nan(centred, length)
+        pulled = self._combine(examples)
+        alpha = vectors.norm(pulled)
+        return Image(
+            norm=norm,
+            size=length / self._root_n,
+            alpha=alpha,
+            direction=[tf.math.divide_no_nan(x, alpha) for x in pulled],
+            examples=examples,
+        )
+
+    def spectrum_along(self, image, last_estimate=0.0):
+        """What a rule for eps needs: M_x and the spectral measure of v, for a step on v.
+
+        With a cheap Gram matrix M_x is an upper bound by matrix products. Without one it is the
+        larger of |D v|^2 / v^T D v and the last batch's estimate while the two agree within a
+        factor of 2, else the Ritz value of a few more products with D; times `ESTIMATE_MARGIN`.
+
+        Args:
+            image: `self.image(v)`.
+            last_estimate: `lambda_max` of the last step, 0 if there is none; a scalar.
+
+        Returns:
+            A `Spectrum`.
+        """
+        unit = image.unit
+        mass = tf.square(image.size / unit)
+        if self.gradients.gram_is_cheap:
+            k = self._centered_gram(unit)
+            lambda_max = bounds.trace_power_bound(k)
+            nodes, weights = bounds.lanczos_measure(k, image.examples, mass)
+        else:
+            lambda_max = self._estimate(image, last_estimate) * ESTIMATE_MARGIN
+            second = mass * tf.square(image.alpha / unit)
+            nodes, weights = bounds.moments_measure(lambda_max, mass, second)
+        return Spectrum(lambda_max=lambda_max, nodes=nodes, weights=weights, unit=unit)
+
+    def _estimate(self, image, last_estimate):
+        unit = image.unit
+        own = tf.square(image.alpha / unit)
+        last = tf.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
+        agree = tf.logical_and(last <= _AGREEMENT * own, own <= _AGREEMENT * last)
+        top = bounds.golub_kahan_top(
+            dot=lambda v: self._dot(v) / unit,
+            combine=lambda u: vectors.scale(self._combine(u), 1 / unit),
+            alpha=image.alpha / unit,
+            v=image.direction,
+            u=image.examples,
+            max_steps=_MAX_STEPS,
+            limit=tf.where(agree, 1, _MAX_STEPS),
+            growth=_GROWTH,
+        )
+        return tf.where(agree, tf.maximum(own, last), top)
+
+    def _dot(self, v):
+        """H G v / sqrt(N)."""
+        k = self.gradients.dot(v)
+        return (k - tf.reduce_mean(k)) / self._root_n
+
+    def _combine(self, u):
+        """G^T u / sqrt(N)."""
+        return vectors.scale(self.gradients.combine(u), 1 / self._root_n)
+
+    @property
+    def _root_n(self):
+        return tf.sqrt(tf.cast(self.n_examples, self.gradients.dtype))
+
+    def _centered_gram(self, unit=1.0):
+        k = self.gradients.gram(self.gradients.mean(), unit)
+        k -= tf.reduce_mean(k, 0, keepdims=True)
+        k -= tf.reduce_mean(k, 1, keepdims=True)
+        return k / tf.cast(self.n_examples, k.dtype)
+
+    def gram(self):
+        """<g_i, g_j>, shape (N, N), a numpy array of the weights' dtype, neither centred nor /N."""
+        return self.gradients.gram().numpy()
+
+    def centered_gram(self):
+        """K = (1/N) H G G^T H, shape (N, N), numpy float64: D's nonzero eigenvalues."""
+        return self._spectral()[2]
+
+    def eigenvalues(self):
+        """All min(N, d) eigenvalues that can differ from 0, descending, numpy float64.
+
+        In squared-gradient units. Relative to the largest they are known to about the epsilon of
+        the weights' dtype.
+        """
+        return self._spectral()[0].copy()
+
+    def eigenvectors(self, k):
+        """The k leading eigenvectors of D, normalised.
+
+        Args:
+            k: how many, at most the number of positive eigenvalues.
+
+        Returns:
+            A list of tensors of shape (k, *weight shape).
+        """
+        eigenvalues, examples, _ = self._spectral()
+        if not 0 < k <= np.count_nonzero(eigenvalues > 0):
+            raise ValueError(
+                "`k` must be between 1 and the number of positive eigenvalues, "
+                f"{np.count_nonzero(eigenvalues > 0)}. Received: k={k}"
+            )
+        weights = examples[:, :k].T / np.sqrt(self.n_examples * eigenvalues[:k, None])
+        return self.gradients.combine_many(tf.constant(weights, self.gradients.dtype))
+
+    def example_coordinates(self, v):
+        """v's coordinates along the eigenvectors, <v, e_j>, numpy float64, shape (min(N, d),).
+
+        0 where the eigenvalue is 0.
+        """
+        eigenvalues, examples, _ = self._spectral()
+        k = self.gradients.dot(self._vector(v)).numpy().astype(np.float64)
+        along = examples.T @ (k - k.mean())
+        root = np.sqrt(self.n_examples * eigenvalues)
+        return np.divide(along, root, out=np.zeros_like(root), where=root > 0)
+
+    def top_eigenvalue(self):
+        """lambda_max, the M_x of the paper."""
+        return float(self._spectral()[0][0])
+
+    def trace(self):
+        """tr D = (1/N) sum_i |g_i - gbar|^2."""
+        return float(np.trace(self._spectral()[2]))
+
+    def rank_cut(self, rule="gram"):
+        """The eigenvalue above which an eigenvalue counts for the rank.
+
+        Args:
+            rule: "gram", lambda_max * N * epsilon of the weights' dtype, numpy's rule on the
+                matrix that is decomposed; or "reference", lambda_max * d * epsilon of float32, as
+                Chaudhari and Soatto (arXiv 1710.11029) measured it.
+
+        Raises:
+            ValueError: "reference" where d * epsilon >= 0.05, so that the cut would be a sizeable
+                part of lambda_max; or another rule.
+        """
+        if rule == "gram":
+            epsilon = float(np.finfo(self.gradients.dtype.as_numpy_dtype).eps)
+            return self.top_eigenvalue() * self.n_examples * epsilon
+        if rule != "reference":
+            raise ValueError(f'`rule` must be "gram" or "reference". Received: rule={rule!r}')
+        relative = self.n_weights * _FLOAT32_EPSILON
+        if relative >= _LARGEST_RELATIVE_CUT:
+            raise ValueError(
+                f"The reference's cut is d * epsilon = {relative:.2g} of lambda_max for "
+                f"d = {self.n_weights}, and means nothing from {_LARGEST_RELATIVE_CUT} on. Use "
+                "the Gram matrix's cut, rank() or rank_cut('gram')."
+            )
+        return self.top_eigenvalue() * relative
+
+    def rank(self, cut=None):
+        """The number of eigenvalues above `cut`, at most N - 1.
+
+        Args:
+            cut: in squared-gradient units. Defaults to `None`, which is `rank_cut()`.
+        """
+        cut = self.rank_cut() if cut is None else cut
+        return int(np.count_nonzero(self._spectral()[0] > cut))
+
+    def linear_operator(self):
+        """D as a (d, d) `scipy.sparse.linalg.LinearOperator` on flat vectors, in float64.
+
+        Entries are in the order of the weights, each flattened row by row.
+        """
+
+        def matvec(x):
+            v = vectors.unflatten(np.ravel(x), self.gradients.weights)
+            return vectors.flatten(self.matvec(v)).astype(np.float64)
+
+        return scipy.sparse.linalg.LinearOperator(
+            self.shape, matvec=matvec, rmatvec=matvec, dtype=np.float64
+        )
+
+    def _spectral(self):
+        """(eigenvalues descending, their eigenvectors of K in columns, K), numpy float64."""
+        if self._eigen is None:
+            k = self._centered_gram().numpy().astype(np.float64)
+            # Centred again in float64: (1, ..., 1) is an exact null vector, so rank <= N - 1.
+            k -= k.mean(0, keepdims=True)
+            k -= k.mean(1, keepdims=True)
+            k = (k + k.T) / 2
+            eigenvalues, examples = scipy.linalg.eigh(k)
+            count = min(self.n_examples, self.n_weights)
+            descending = np.maximum(eigenvalues[::-1][:count], 0)
+            self._eigen = descending, examples[:, ::-1][:, :count], k
+        return self._eigen
+
+    def _vector(self, v):
+        return _like_weights(v, self.gradients.weights)
+
+
+class DiffusionMetric:
+    """The diffusion metric g = I + eps D, Eq. (6) of the paper.
+
+    Args:
+        diffusion_matrix: D, a `DiffusionMatrix` outside a graph.
+        epsilon: eps, a float with 0 <= eps * lambda_max < 1; or a rule of `keras_rgd.epsilon`,
+            applied to D along the batch's gradient.
+
+    Raises:
+        ValueError: eps * lambda_max is not in [0, 1).
+    """
+
+    def __init__(self, diffusion_matrix, epsilon):
+        self.diffusion_matrix = diffusion_matrix
+        if isinstance(epsilon, epsilon_rules.Rule):
+            gradient = diffusion_matrix.gradients.gradient
+            epsilon = choose_epsilon(diffusion_matrix, epsilon, gradient)
+        self.epsilon = float(epsilon)
+        top = diffusion_matrix.top_eigenvalue()
+        if not 0 <= self.epsilon * top < 1:
+            raise ValueError(
+                "`epsilon` must satisfy 0 <= epsilon * lambda_max < 1 (Eq. 6 of the paper), here "
+                f"epsilon < {1 / top:.6g}; for a fraction c of that bound write "
+                f"keras_rgd.epsilon.Fraction(c). Received: epsilon={epsilon}"
+            )
+
+    def apply(self, v):
+        """(I + eps D) v, for v a list of tensors shaped as the weights."""
+        return self._plus(v, self.epsilon)
+
+    def weak_inverse(self, v):
+        """(I - eps D) v, the inverse metric in the weak field: the direction of Eq. (10)."""
+        return self._plus(v, -self.epsilon)
+
+    def inverse(self, v):
+        """(I + eps D)^-1 v exactly, by the N x N system.
+
+        v - (eps/N) G^T H (I + eps K)^-1 H G v (Woodbury), solved in float64.
+        """
+        D = self.diffusion_matrix
+        v = D._vector(v)
+        n = D.n_examples
+        k = D.gradients.dot(v).numpy().astype(np.float64)
+        system = np.eye(n) + self.epsilon * D.centered_gram()
+        solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
+        weights = tf.constant(solution - solution.mean(), D.gradients.dtype)
+        return vectors.add(v, D.gradients.combine(weights), -self.epsilon / n)
+
+    def weak_field_error(self, v=None):
+        """How far the weak-field inverse is from the exact one.
+
+        Args:
+            v: a list of tensors shaped as the weights. Defaults to `None`.
+
+        Returns:
+            For `None` the operator norm ||(I + eps D)^-1 - (I - eps D)||, in [0, 1/2); for v the
+            norm of that difference applied to v, over |(I + eps D)^-1 v|.
+        """
+        D = self.diffusion_matrix
+        if v is None:
+            return weak_field_error(D.eigenvalues(), self.epsilon)
+        spectrum = _spectrum(D, v)
+        return float(spectrum.weak_field_error(tf.constant(self.epsilon, tf.float64)))
+
+    def _plus(self, v, factor):
+        D = self.diffusion_matrix
+        v = D._vector(v)
+        return vectors.add(v, D.matvec(v), factor)
+
+
+def weak_field_error(eigenvalues, epsilon):
+    """Distance between the exact inverse metric and its weak-field form.
+
+    ||(I + eps D)^-1 - (I - eps D)||_2 = max_k (eps lam_k)^2 / (1 + eps lam_k), after Eq. (6).
+
+    Args:
+        eigenvalues: eigenvalues of D, shape (r,), in squared-gradient units.
+        epsilon: the metric's parameter, 0 <= epsilon * max(eigenvalues) < 1.
+
+    Returns:
+        A float in [0, 1/2).
+    """
+    t = epsilon * np.asarray(eigenvalues)
+    return float(np.max(t**2 / (1 + t)))
+
+
+def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
+    """eps by `rule` for the exact spectrum of D along v, a float.
+
+    Args:
+        diffusion_matrix: a `DiffusionMatrix` outside a graph.
+        rule: a rule of `keras_rgd.epsilon`.
+        v: a list of tensors shaped as the weights.
+        iteration: number of steps taken, for a schedule.
+    """
+    spectrum = _spectrum(diffusion_matrix, v)
+    return float(spectrum.in_true_units(rule(spectrum, iteration)))
+
+
+def _spectrum(diffusion_matrix, v):
+    """The exact `Spectrum` of D along v, in float64."""
+    eigenvalues = diffusion_matrix.eigenvalues()
+    top = eigenvalues[0]
+    unit = np.sqrt(top) if top > 0 else 1.0
+    norm = float(vectors.norm(v))
+    weights = (diffusion_matrix.example_coordinates(v) / (norm if norm > 0 else 1.0)) ** 2
+    rest = max(1 - weights.sum(), 0)
+    return Spectrum(
+        lambda_max=tf.constant(top / unit**2, tf.float64),
+        nodes=tf.constant(np.append(eigenvalues / unit**2, 0), tf.float64),
+        weights=tf.constant(np.append(weights, rest), tf.float64),
+        unit=tf.constant(unit, tf.float64),
+    )
+
+
+def _like_weights(v, weights):
+    shapes = [tuple(np.shape(x)) for x in v]
+    expected = [tuple(w.shape) for w in weights]
+    if shapes != expected:
+        raise ValueError(
+            "A vector in weight space is a list of tensors shaped as the trainable weights, "
+            f"{expected}. Received: shapes {shapes}"
+        )
+    return [tf.convert_to_tensor(x, w.dtype) for x, w in zip(v, weights, strict=True)]

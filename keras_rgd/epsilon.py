@@ -1,0 +1,223 @@
+"""The rules that choose eps(x) < 1/M_x, M_x the largest eigenvalue of D(x).
+
+A rule sees D along one vector v: a bound on its largest eigenvalue and a quadrature rule for the
+spectral measure of v. It works on tensors, in and out of a compiled step.
+"""
+
+import abc
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+# "Just under" 1/M_x: further below than M_x's own rounding.
+_JUST_UNDER = 1 - 2.0**-10
+
+# Halvings of the interval for eps: to the last digit of float32.
+_BISECTIONS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """What a rule knows of D and a vector v, in the unit `unit`**2 for eigenvalues.
+
+    Attributes:
+        lambda_max: a bound on (or estimate of) the largest eigenvalue, divided by unit**2; a
+            scalar tensor, 0 where D is 0.
+        nodes: points lam_j of a quadrature rule, divided by unit**2, shape (m,).
+        weights: its weights, shape (m,), non-negative, sum 1: for a function f,
+            v^T f(D) v / |v|^2 = sum_j weights_j f(lam_j).
+        unit: the square root of the unit of eigenvalues, a scalar tensor. It keeps squares of
+            tiny and huge gradients in range.
+    """
+
+    lambda_max: tf.Tensor
+    nodes: tf.Tensor
+    weights: tf.Tensor
+    unit: tf.Tensor
+
+    def weak_field_error(self, epsilon):
+        """|((I + eps D)^-1 - (I - eps D)) v| / |(I + eps D)^-1 v|, after Eq. (6) of the paper.
+
+        Args:
+            epsilon: in the unit unit**-2, a scalar tensor.
+        """
+        t = epsilon * self.nodes
+        error = tf.reduce_sum(self.weights * tf.square(tf.square(t) / (1 + t)))
+        size = tf.reduce_sum(self.weights / tf.square(1 + t))
+        return tf.sqrt(tf.math.divide_no_nan(error, size))
+
+    def in_true_units(self, epsilon):
+        """`epsilon` times unit**-2, at most the largest number of the dtype."""
+        return tf.minimum(epsilon / self.unit / self.unit, epsilon.dtype.max)
+
+
+class Rule(abc.ABC):
+    """Chooses eps from a `Spectrum`. Subclasses are Keras-serializable."""
+
+    @abc.abstractmethod
+    def __call__(self, spectrum, iteration):
+        """The chosen eps in the unit unit**-2 of `spectrum`, a scalar tensor, below 1/lambda_max.
+
+        Args:
+            spectrum: a `Spectrum`.
+            iteration: number of steps taken, an integer tensor, for schedules.
+        """
+
+    def was_cut(self, spectrum, epsilon):
+        """Whether eps < 1/M_x made the rule choose less than it was told to; a bool tensor."""
+        return tf.constant(False)
+
+    @abc.abstractmethod
+    def get_config(self):
+        """The constructor's arguments."""
+
+    @classmethod
+    def from_config(cls, config):
+        """The rule of `get_config`."""
+        return cls(**config)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    __hash__ = None
+
+    def __repr__(self):
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable(package="keras_rgd")
+class Fraction(Rule):
+    """eps = c / M_x.
+
+    Args:
+        c: the fraction, 0 < c < 1, or a `keras.optimizers.schedules.LearningRateSchedule` of the
+            number of steps whose values are in (0, 1). Defaults to `0.5`.
+
+    Raises:
+        ValueError: c is not in (0, 1) and no schedule.
+    """
+
+    def __init__(self, c=0.5):
+        if isinstance(c, dict):
+            c = keras.saving.deserialize_keras_object(c)
+        if not isinstance(c, keras.optimizers.schedules.LearningRateSchedule):
+            c = _number("c", c, 0, 1, "a float in (0, 1) or a keras LearningRateSchedule")
+        self.c = c
+
+    def __call__(self, spectrum, iteration):
+        c = self.c
+        if not isinstance(c, float):
+            # A schedule knows no bounds; the paper's eps < 1/M_x holds all the same.
+            c = tf.clip_by_value(tf.cast(c(iteration), spectrum.lambda_max.dtype), 0, _JUST_UNDER)
+        return tf.math.divide_no_nan(tf.cast(c, spectrum.lambda_max.dtype), spectrum.lambda_max)
+
+    def get_config(self):
+        if isinstance(self.c, float):
+            return {"c": self.c}
+        return {"c": keras.saving.serialize_keras_object(self.c)}
+
+
+@keras.saving.register_keras_serializable(package="keras_rgd")
+class Fixed(Rule):
+    """eps = value, but never more than just under 1/M_x.
+
+    `RGD.epsilon_cuts` counts the steps on which it was cut.
+
+    Args:
+        value: eps, in units of one over squared gradients; at least 0. With 0 the step is plain
+            gradient descent.
+
+    Raises:
+        ValueError: value is negative or not finite.
+    """
+
+    def __init__(self, value):
+        self.value = _number("value", value, 0, float("inf"), "a finite float >= 0", closed=True)
+
+    def __call__(self, spectrum, iteration):
+        return tf.minimum(self._told(spectrum), _below_bound(spectrum))
+
+    def was_cut(self, spectrum, epsilon):
+        return self._told(spectrum) > epsilon
+
+    def _told(self, spectrum):
+        return tf.cast(self.value, spectrum.unit.dtype) * spectrum.unit * spectrum.unit
+
+    def get_config(self):
+        return {"value": self.value}
+
+
+@keras.saving.register_keras_serializable(package="keras_rgd")
+class WeakField(Rule):
+    """The largest eps < 1/M_x whose weak-field error on the step is at most `tolerance`.
+
+    The error is that of replacing (I + eps D)^-1 v by (I - eps D) v, relative to the former; it
+    grows with eps. Where the step has no Gram matrix ("double_backward") an upper bound of the
+    error stands for it, so eps is then at most the largest.
+
+    Args:
+        tolerance: the error allowed, in (0, 1). Defaults to `0.05`.
+
+    Raises:
+        ValueError: tolerance is not in (0, 1).
+    """
+
+    def __init__(self, tolerance=0.05):
+        self.tolerance = _number("tolerance", tolerance, 0, 1, "a float in (0, 1)")
+
+    def __call__(self, spectrum, iteration):
+        largest = _below_bound(spectrum, where_zero=0.0)
+        low, high = tf.zeros_like(largest), tf.ones_like(largest)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            fits = spectrum.weak_field_error(middle * largest) <= self.tolerance
+            low, high = tf.where(fits, middle, low), tf.where(fits, high, middle)
+        # Bisection ends just below its upper end; where that fits too, it is the answer.
+        fits = spectrum.weak_field_error(largest) <= self.tolerance
+        return tf.where(fits, largest, low * largest)
+
+    def get_config(self):
+        return {"tolerance": self.tolerance}
+
+
+def get(epsilon):
+    """The rule that `epsilon` stands for.
+
+    Args:
+        epsilon: a float in (0, 1) or a Keras learning-rate schedule, short for `Fraction`; a
+            rule; or a rule's serialized form.
+
+    Raises:
+        ValueError: `epsilon` is none of these.
+    """
+    if isinstance(epsilon, dict):
+        epsilon = keras.saving.deserialize_keras_object(epsilon)
+    if isinstance(epsilon, Rule):
+        return epsilon
+    if isinstance(epsilon, float | keras.optimizers.schedules.LearningRateSchedule):
+        return Fraction(epsilon)
+    raise ValueError(
+        "`epsilon` must be a float in (0, 1), the fraction of 1/M_x; a keras "
+        "LearningRateSchedule of that fraction; or a rule: keras_rgd.epsilon.Fraction(c), "
+        f"Fixed(value) or WeakField(tolerance). Received: epsilon={epsilon!r}"
+    )
+
+
+def _below_bound(spectrum, where_zero=None):
+    where_zero = spectrum.lambda_max.dtype.max if where_zero is None else where_zero
+    below = tf.math.divide_no_nan(
+        tf.cast(_JUST_UNDER, spectrum.lambda_max.dtype), spectrum.lambda_max
+    )
+    return tf.where(spectrum.lambda_max > 0, below, where_zero)
+
+
+def _number(name, value, low, high, expected, closed=False):
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not (low < number < high or closed and number == low):
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+    return number

@@ -1,0 +1,221 @@
+"""Measuring D of a compiled model on a batch, outside training."""
+
+import math
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rgd import per_example as ways
+from keras_rgd import vectors
+from keras_rgd.diffusion import DiffusionMatrix, DiffusionMetric, choose_epsilon
+from keras_rgd.record import DiffusionRecord
+
+# How many leading eigenvectors are compared between records.
+_OVERLAP = 10
+
+
+def diffusion_matrix(
+    model, x, y=None, sample_weight=None, *, training=False, per_example="auto", chunk_size=None
+):
+    """D of a compiled model on one batch, Eq. (2) of the paper.
+
+    The model is left as it was: no weight, moving statistic, seed or metric changes.
+
+    Args:
+        model: any compiled `keras.Model`, whatever its optimizer.
+        x: inputs, axis 0 of length N; a nested structure for several inputs.
+        y: targets. Defaults to `None`.
+        sample_weight: the examples' weights in the loss. Defaults to `None`.
+        training: `False` for evaluation mode (no Dropout, moving statistics), as D is measured
+            in the literature; `True` for training mode. Defaults to `False`.
+        per_example: "vectorized_map", "double_backward", or "auto": one example a lane where that
+            is exact for the model, else "double_backward", whose Gram matrix costs N backward
+            passes. Defaults to `"auto"`.
+        chunk_size: how many examples' gradients are held at once. Defaults to `None`, as many as
+            fit in 1 GiB.
+
+    Returns:
+        A `DiffusionMatrix`.
+
+    Raises:
+        ValueError: the model is not compiled with a loss that is a weighted sum over examples, or
+            the way asked for does not serve it.
+    """
+    batch = as_batch(model, x, y, sample_weight)
+    way = way_for(model, batch, training, per_example, chunk_size)
+    return DiffusionMatrix(way(*batch))
+
+
+def as_batch(model, x, y=None, sample_weight=None):
+    """(x, y, sample_weight) as tensors of the dtypes that `fit` would use, checked."""
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, so it has no loss. Call "
+            "model.compile(optimizer, loss=...) first."
+        )
+    batch = keras.tree.map_structure(_tensor, (x, y, sample_weight))
+    lengths = {t.shape[0] if t.shape.rank else None for t in keras.tree.flatten(batch) if t is not None}
+    if len(lengths) != 1 or None in lengths or 0 in lengths:
+        raise ValueError(
+            "Inputs, targets and sample weights must have the same positive length along axis 0. "
+            f"Received: lengths {sorted(lengths, key=str)}"
+        )
+    return batch
+
+
+def way_for(model, batch, training, per_example, chunk_size):
+    """The function from a batch like this one to `PerExampleGradients`; see `measuring_way`."""
+    if not model.built:
+        model(batch[0])
+    if not model.trainable_variables:
+        raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
+    return ways.measuring_way(
+        model, *batch, training=training, per_example=per_example, chunk_size=chunk_size
+    )
+
+
+def _tensor(value):
+    if value is None:
+        return None
+    if not tf.is_tensor(value):
+        value = np.asarray(value)
+        if value.dtype == object:
+            raise ValueError(
+                "Expected arrays or tensors of numbers or strings. "
+                f"Received: an array of dtype object, shape {value.shape}"
+            )
+    tensor = tf.convert_to_tensor(value)
+    return tf.cast(tensor, keras.config.floatx()) if tensor.dtype.is_floating else tensor
+
+
+class Measurement:
+    """D of one model on one fixed batch, again and again while the model trains.
+
+    Args:
+        model: a compiled `keras.Model`.
+        batch: `as_batch(...)`.
+        training: whether layers behave as in training.
+        per_example: as in `diffusion_matrix`.
+        chunk_size: as in `diffusion_matrix`.
+    """
+
+    def __init__(self, model, batch, training, per_example, chunk_size):
+        self._batch = batch
+        self._mode = "training" if training else "evaluation"
+        self._way = way_for(model, batch, training, per_example, chunk_size)
+        self._last_top = None
+
+    def __call__(self, rule, *, epoch, step, step_epsilon):
+        """Measure now.
+
+        Args:
+            rule: a rule of `keras_rgd.epsilon`, applied to the measured D along the gradient.
+            epoch: recorded.
+            step: recorded, and the rule's iteration.
+            step_epsilon: recorded.
+
+        Returns:
+            A `DiffusionRecord`.
+        """
+        start = time.perf_counter()
+        gradients = self._way(*self._batch)
+        D = DiffusionMatrix(gradients)
+        values = _spectral_values(D) | _gradient_values(D, rule, step)
+        values["overlap"] = self._overlap(D, values["rank_gram"])
+        return DiffusionRecord(
+            epoch=epoch,
+            step=step,
+            examples=D.n_examples,
+            n_weights=D.n_weights,
+            mode=self._mode,
+            per_example=gradients.way,
+            step_epsilon=step_epsilon,
+            seconds=time.perf_counter() - start,
+            **values,
+        )
+
+    def _overlap(self, D, rank):
+        """tr(P_t P_s) / k of the top eigenspaces of this D and the last one measured."""
+        last, self._last_top = self._last_top, None
+        if rank == 0:
+            return math.nan
+        top = D.eigenvectors(min(_OVERLAP, rank))
+        self._last_top = np.concatenate([np.reshape(t, (t.shape[0], -1)) for t in top], axis=1)
+        if last is None:
+            return math.nan
+        k = min(len(last), len(self._last_top))
+        return float(np.sum((self._last_top[:k] @ last[:k].T) ** 2) / k)
+
+
+def _spectral_values(D):
+    """The fields of a record that follow from the eigenvalues."""
+    eigenvalues, d = D.eigenvalues(), D.n_weights
+    total, squares = eigenvalues.sum(), np.sum(eigenvalues**2)
+    try:
+        cut, rank_reason = D.rank_cut("reference"), None
+        rank = D.rank(cut)
+    except ValueError as error:
+        cut, rank, rank_reason = math.nan, None, str(error)
+    gram_cut = D.rank_cut("gram")
+    mean, std = _mean_std(eigenvalues, d)
+    clip = gram_cut if rank is None else cut
+    clipped_mean, clipped_std = _mean_std(np.maximum(eigenvalues, clip), d, rest=clip)
+    p = eigenvalues[eigenvalues > 0] / total if total > 0 else np.array([])
+    return {
+        "eigenvalues": eigenvalues,
+        "lambda_max": float(eigenvalues[0]),
+        "trace": D.trace(),
+        "rank": rank,
+        "rank_reason": rank_reason,
+        "rank_cut": cut,
+        "rank_gram": D.rank(gram_cut),
+        "rank_gram_cut": gram_cut,
+        "rank_bound": D.n_examples - 1,
+        "eigenvalue_mean": mean,
+        "eigenvalue_std": std,
+        "clipped_mean": clipped_mean,
+        "clipped_std": clipped_std,
+        "participation_ratio": float(total**2 / squares) if squares > 0 else math.nan,
+        "effective_rank": float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan,
+    }
+
+
+def _mean_std(values, d, rest=0.0):
+    """Mean and standard deviation of `values` and of d - len(values) numbers equal to `rest`."""
+    others = d - len(values)
+    mean = (values.sum() + others * rest) / d
+    variance = (np.sum((values - mean) ** 2) + others * (rest - mean) ** 2) / d
+    return float(mean), float(np.sqrt(variance))
+
+
+def _gradient_values(D, rule, step):
+    """The fields of a record that need the gradient v."""
+    v = D.gradients.gradient
+    norm = float(vectors.norm(v))
+    along = D.example_coordinates(v) / norm if norm > 0 else np.full(1, math.nan)
+    epsilon = choose_epsilon(D, rule, v, step)
+    metric = DiffusionMetric(D, epsilon)
+    return {
+        "epsilon": epsilon,
+        "epsilon_lambda_max": epsilon * D.top_eigenvalue(),
+        "weak_field_error": metric.weak_field_error(),
+        "weak_field_error_gradient": metric.weak_field_error(v),
+        "descent_ratio": float(1 - epsilon * np.sum(D.eigenvalues() * along**2)),
+        "cosine_top": float(abs(along[0])),
+        "gradient_norm": norm,
+        "noise_scale": _noise_scale(D),
+    }
+
+
+def _noise_scale(D):
+    """tr S / |G|^2 of McCandlish et al. (arXiv 1812.06162), both unbiased, without grad r."""
+    n = D.n_examples
+    if n == 1:
+        return math.nan
+    mean_square = float(vectors.norm(D.gradients.mean())) ** 2
+    # mean |g_i|^2 = tr D + |gbar|^2
+    covariance = n / (n - 1) * D.trace()
+    signal = mean_square - D.trace() / (n - 1)
+    return covariance / signal if signal > 0 else math.nan

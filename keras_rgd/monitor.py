@@ -1,0 +1,172 @@
+"""DiffusionMonitor: a Keras callback that records D after each epoch."""
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+
+import keras
+import numpy as np
+import rich.console
+import tensorflow as tf
+
+from keras_rgd import epsilon as epsilon_rules
+from keras_rgd import per_example as ways
+from keras_rgd import summaries
+from keras_rgd.measurement import Measurement, as_batch
+from keras_rgd.model import inner_rgd
+from keras_rgd.record import load_records, save_records
+
+# Into `logs`, and so to the progress bar, History and CSVLogger; the rest is in the records.
+_LOGGED = ("rank", "rank_gram", "lambda_max", "epsilon", "weak_field_error", "weak_field_error_gradient")
+
+
+class DiffusionMonitor(keras.callbacks.Callback):
+    """Record the diffusion matrix of a model after each epoch, with any optimizer.
+
+    The same examples are measured each time. Put it before callbacks that read `logs`
+    (TensorBoard, CSVLogger, EarlyStopping): `rank`, `rank_gram`, `lambda_max`, `epsilon`,
+    `weak_field_error` and `weak_field_error_gradient` are there. Measuring changes nothing in the
+    training: no seed, moving statistic or metric.
+
+    Args:
+        data: the examples to measure on: a tuple `(x, y)` or `(x, y, sample_weight)` of arrays, a
+            batched `tf.data.Dataset`, or a `keras.utils.PyDataset`.
+        log_dir: a folder for TensorBoard; scalars, the histogram of log10 eigenvalues and a
+            picture of the spectrum go to the run `diffusion` in it. Defaults to `None`, none.
+        examples: how many examples are used at most, from the first on. Defaults to `512`.
+        chunk_size: how many examples' gradients are held at once; it changes no number. Defaults
+            to `None`, as many as fit in 1 GiB.
+        training: `True` measures with layers in training mode. Defaults to `False`, evaluation
+            mode, as D is measured in the literature.
+        epsilon: the rule for eps where the optimizer is not `RGD`, whose own rule is used
+            otherwise; as `RGD`'s argument. Defaults to `0.5`.
+        per_example: as in `keras_rgd.diffusion_matrix`. Defaults to `"auto"`.
+        verbose: whether a measurement of more than a second shows that it runs. Defaults to
+            `True`.
+
+    Attributes:
+        records: a list of `DiffusionRecord`, one an epoch.
+
+    Raises:
+        ValueError: an argument is not what is described here.
+    """
+
+    def __init__(
+        self,
+        data,
+        *,
+        log_dir=None,
+        examples=512,
+        chunk_size=None,
+        training=False,
+        epsilon=0.5,
+        per_example="auto",
+        verbose=True,
+    ):
+        super().__init__()
+        if not isinstance(examples, int) or examples < 1:
+            raise ValueError(f"`examples` must be a positive integer. Received: {examples!r}")
+        ways.check_way(per_example, chunk_size)
+        self.records = []
+        self._data = _first_examples(data, examples)
+        self._rule = epsilon_rules.get(epsilon)
+        self._log_dir = log_dir
+        self._options = (training, per_example, chunk_size)
+        self._verbose = verbose
+        self._measure = None
+        self._writer = None
+
+    def on_train_begin(self, logs=None):
+        """Forget the compiled measurement of another fit: trainable weights may have changed."""
+        self._measure = None
+        if self._log_dir is not None and self._writer is None:
+            self._writer = tf.summary.create_file_writer(os.path.join(self._log_dir, "diffusion"))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Measure, record, and put the main numbers into `logs`."""
+        logs = {} if logs is None else logs
+        optimizer = self.model.optimizer
+        rgd = inner_rgd(optimizer)
+        with self._showing_progress():
+            if self._measure is None:
+                batch = as_batch(self.model, *self._data)
+                self._measure = Measurement(self.model, batch, *self._options)
+            record = self._measure(
+                self._rule if rgd is None else rgd.epsilon,
+                epoch=epoch,
+                step=int(optimizer.iterations),
+                step_epsilon=float(logs.get("step_epsilon", math.nan)),
+            )
+        self.records.append(record)
+        logs.update({name: _number(getattr(record, name)) for name in _LOGGED})
+        if self._writer is not None:
+            summaries.write(self._writer, record)
+
+    def on_train_end(self, logs=None):
+        """Close the TensorBoard file."""
+        self._measure = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def save(self, path):
+        """Write the records to a JSON file; see `keras_rgd.save_records`."""
+        save_records(self.records, path)
+
+    @staticmethod
+    def load(path):
+        """The list of records in a file that `save` wrote."""
+        return load_records(path)
+
+    @contextlib.contextmanager
+    def _showing_progress(self):
+        """A line with a spinner once measuring has taken a second."""
+        if not self._verbose:
+            yield
+            return
+        n = len(keras.tree.flatten(self._data[0])[0])
+        status = rich.console.Console().status(f"measuring D on {n} examples")
+        timer = threading.Timer(1.0, status.start)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            status.stop()
+
+
+def _number(value):
+    return math.nan if value is None else value
+
+
+def _first_examples(data, examples):
+    """(x, y, sample_weight) of the first `examples` examples of arrays or of a data set."""
+    if isinstance(data, keras.utils.PyDataset):
+        data = (data[i] for i in range(len(data)))
+    elif not isinstance(data, tuple | list | tf.data.Dataset):
+        raise ValueError(
+            "`data` must be a tuple (x, y) or (x, y, sample_weight) of arrays, a batched "
+            f"tf.data.Dataset or a keras.utils.PyDataset. Received: {type(data).__name__}"
+        )
+    elif isinstance(data, tuple | list):
+        data = [data]
+    parts, count = [], 0
+    for batch in itertools.islice(data, examples):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        parts.append((x, y, sample_weight))
+        count += len(keras.tree.flatten(x)[0])
+        if count >= examples:
+            break
+    if not count:
+        raise ValueError("`data` has no examples.")
+    return keras.tree.map_structure(lambda *leaves: _joined(leaves, examples), *parts)
+
+
+def _joined(leaves, examples):
+    if leaves[0] is None:
+        return None
+    return np.concatenate([np.asarray(leaf) for leaf in leaves])[:examples]

@@ -1,0 +1,155 @@
+"""Per-example gradients: the interface, the choice of a way, and one file for each way."""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_rgd import vectors
+from keras_rgd.per_example import checks, lanes
+from keras_rgd.per_example.compiled import compiled_way
+from keras_rgd.per_example.double_backward import DoubleBackward
+from keras_rgd.per_example.interface import PerExampleGradients
+from keras_rgd.per_example.lanes import Lanes
+from keras_rgd.per_example.loss import batch_size
+
+WAYS = ("auto", "vectorized_map", "double_backward")
+
+# One chunk of gradients is held in memory; this is what it may take, in bytes.
+_CHUNK_BYTES = 2**30
+
+__all__ = [
+    "WAYS",
+    "PerExampleGradients",
+    "check_batch",
+    "check_way",
+    "make_way",
+    "measuring_way",
+]
+
+
+def check_way(per_example, chunk_size=None):
+    """Raise `ValueError` unless the arguments name a way to per-example gradients."""
+    if per_example not in WAYS:
+        raise ValueError(
+            f"`per_example` must be one of {', '.join(map(repr, WAYS))}. "
+            f"Received: per_example={per_example!r}"
+        )
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(
+            "`chunk_size` must be a positive integer, or None for the whole batch. "
+            f"Received: chunk_size={chunk_size!r}"
+        )
+
+
+def make_way(model, per_example, *, training, chunk_size=None, compiled=False):
+    """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
+
+    Of the two ways, "auto" takes "double_backward": it is exact for every model and, measured,
+    the cheaper one by far.
+
+    Args:
+        model: a compiled, built model.
+        per_example: one of `WAYS`.
+        training: whether layers behave as in training.
+        chunk_size: examples whose gradients "vectorized_map" holds at once.
+        compiled: whether the caller compiles what it traces with XLA.
+    """
+    if per_example in ("auto", "double_backward"):
+        return functools.partial(_double_backward, model, training)
+    rows = lanes.rows_function(model, training, lanes.vectorized, compiled)
+    return functools.partial(_lanes, model, training, chunk_size, rows, per_example)
+
+
+def _double_backward(model, training, x, y, sample_weight=None, loss_scale=1.0):
+    return DoubleBackward(model, x, y, sample_weight, training, loss_scale)
+
+
+def _lanes(model, training, chunk_size, rows, way, x, y, sample_weight=None, loss_scale=1.0):
+    return Lanes(model, x, y, sample_weight, training, loss_scale, chunk_size, rows, way)
+
+
+def check_batch(model, x, y, sample_weight, *, training, compiled=False):
+    """Raise unless "vectorized_map" is exact for this model, measured on one batch.
+
+    Raises:
+        ValueError: names the layer that makes it inexact or impossible.
+    """
+    checks.check_exact(model, x, y, sample_weight, training)
+    _check_lanes(model, x, y, sample_weight, training, compiled)
+
+
+def _check_lanes(model, x, y, sample_weight, training, compiled):
+    """Run the lanes on two examples: they must run, and add up to the batch's gradient."""
+    batch = [
+        None if t is None else keras.tree.map_structure(lambda a: tf.convert_to_tensor(a)[:2], t)
+        for t in (x, y, sample_weight)
+    ]
+    way = make_way(model, "vectorized_map", training=training, compiled=compiled)
+
+    @tf.function(jit_compile=compiled, autograph=False)
+    def gradient(*batch):
+        return way(*batch).gradient
+
+    try:
+        with checks.unchanged(model):
+            received = gradient(*batch)
+    except (ValueError, TypeError, NotImplementedError, tf.errors.OpError) as error:
+        raise checks.not_vectorizable(model, batch[0], training, compiled, error) from error
+    checks.check_gradient(model, *batch, training, received)
+
+
+def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", chunk_size=None):
+    """A function (x, y, sample_weight) -> `PerExampleGradients` for use outside a graph.
+
+    "auto" takes one example a lane where that is exact for this model, with `tf.vectorized_map`
+    where it can run it, else one backward pass an example ("one_by_one"); else
+    "double_backward", whose Gram matrix costs N backward passes over the batch.
+
+    Args:
+        model: a compiled, built model.
+        x: a batch on which the choice is made, and to which the function may be applied.
+        y: its targets.
+        sample_weight: its sample weights or `None`.
+        training: whether layers behave as in training.
+        per_example: one of `WAYS`.
+        chunk_size: examples whose gradients are held at once; not for "double_backward". Defaults
+            to `None`, as many as fit in 1 GiB.
+
+    Raises:
+        ValueError: "vectorized_map" is asked for and not exact or not possible.
+    """
+    check_way(per_example, chunk_size)
+    way = per_example
+    if way == "auto":
+        way = _measuring_choice(model, x, y, sample_weight, training)
+    elif way == "vectorized_map":
+        check_batch(model, x, y, sample_weight, training=training)
+    if way == "double_backward":
+        compiled = compiled_way(make_way(model, way, training=training))
+        return functools.partial(compiled, model)
+    if chunk_size is None:
+        itemsize = model.trainable_variables[0].value.dtype.size
+        row = itemsize * vectors.size(model.trainable_variables)
+        chunk_size = max(1, _CHUNK_BYTES // row)
+    mapping = lanes.one_by_one if way == "one_by_one" else lanes.vectorized
+    rows = lanes.rows_function(model, training, mapping)
+
+    def measure(x, y, sample_weight=None):
+        whole = chunk_size >= batch_size(x)
+        with checks.unchanged(model):
+            return _lanes(
+                model, training, None if whole else chunk_size, rows, way, x, y, sample_weight
+            )
+
+    return measure
+
+
+def _measuring_choice(model, x, y, sample_weight, training):
+    try:
+        check_batch(model, x, y, sample_weight, training=training)
+    except checks.NotExactError:
+        return "double_backward"
+    except checks.NotVectorizableError:
+        return "one_by_one"
+    return "vectorized_map"

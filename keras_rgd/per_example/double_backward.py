@@ -1,0 +1,85 @@
+"""Per-example gradients by differentiating the batch's gradient by the examples' weights.
+
+One forward pass serves everything, so it is exact also where examples mix (BatchNormalization in
+training), for the very Dropout masks of the step, and for recurrent layers.
+"""
+
+import tensorflow as tf
+
+from keras_rgd import vectors
+from keras_rgd.per_example.interface import PerExampleGradients, gram_of_rows
+from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+
+
+class DoubleBackward(PerExampleGradients):
+    """k = N d/du <grad L(u), v> and sum_i w_i g_i = N grad <dL/du, w>, for one batch.
+
+    Memory is that of two backward passes: nothing of size N x d. `gram` costs N backward passes
+    and, for that while, memory N d.
+
+    Args:
+        model: a compiled, built model.
+        x: inputs, axis 0 of length N; a nested structure for several inputs.
+        y: targets.
+        sample_weight: the user's sample weights (class weights included), or `None`.
+        training: whether layers behave as in training.
+        loss_scale: factor that keeps half-precision gradients in range; it cancels from every
+            result. Defaults to `1.0`.
+
+    Raises:
+        ValueError: where the loss has no per-example losses, or a layer has no second derivative.
+    """
+
+    way = "double_backward"
+    gram_is_cheap = False
+
+    def __init__(self, model, x, y, sample_weight=None, training=True, loss_scale=1.0):
+        self.weights = [w.value for w in model.trainable_variables]
+        self.n_examples = batch_size(x)
+        self._model = model
+        self._scale = tf.cast(loss_scale, self.dtype)
+        self._u = u = tf.ones([self.n_examples], self.dtype)
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as by_example:
+            by_example.watch(u)
+            with tf.GradientTape(persistent=True) as by_weight:
+                self.y_pred = call_model(model, x, training)
+                self.loss, derivatives = example_losses(
+                    model, x, y, self.y_pred, sample_weight, u, training
+                )
+                scaled_loss = tf.cast(self.loss, self.dtype) * self._scale
+                # f, scaled; its cotangents are the weights of `combine`.
+                n = tf.cast(self.n_examples, self.dtype)
+                self._scaled_losses = n * self._scale * tf.cast(derivatives, self.dtype)
+            self._scaled_gradient = self._by_weight_gradient(by_weight, scaled_loss)
+        self._by_weight, self._by_example = by_weight, by_example
+        self.gradient = vectors.scale(self._scaled_gradient, 1 / self._scale)
+
+    def _by_weight_gradient(self, tape, target, cotangent=None):
+        gradient = tape.gradient(
+            target, self.weights, cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return [tf.convert_to_tensor(g) for g in gradient]
+
+    def dot(self, v):
+        try:
+            k = self._by_example.gradient(
+                self._scaled_gradient,
+                self._u,
+                output_gradients=v,
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+        except LookupError as error:
+            raise ValueError(
+                "per_example='double_backward' needs the derivative of every layer's gradient, "
+                f"and one is missing: {error}. For a recurrent layer on a GPU pass "
+                "use_cudnn=False to it; else use per_example='vectorized_map'. Recurrent layers: "
+                f"{[layer.name for layer in self._model.layers if hasattr(layer, 'use_cudnn')]}."
+            ) from error
+        return tf.cast(self.n_examples, self.dtype) / self._scale * k
+
+    def combine(self, w):
+        scaled = self._by_weight_gradient(self._by_weight, self._scaled_losses, w)
+        return vectors.scale(scaled, 1 / self._scale)
+
+    def gram(self, center=None, unit=1.0):
+        return gram_of_rows(self.combine_many(tf.eye(self.n_examples, dtype=self.dtype)), center, unit)

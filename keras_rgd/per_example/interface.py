@@ -1,0 +1,85 @@
+"""What the rest of the package asks of per-example gradients: three operations."""
+
+import abc
+
+import tensorflow as tf
+
+
+class PerExampleGradients(abc.ABC):
+    """The gradients g_i of the losses f_i of one batch, seen through three operations.
+
+    L(u) is what `model.compute_loss` returns when example i's sample weight is multiplied by u_i;
+    r = L(0), f_i = N dL/du_i and L(1) = r + (1/N) sum_i f_i is the loss that `fit` reports. The
+    N x d matrix G has the rows g_i = grad f_i. Implementations differ in how they reach it, not
+    in what it is.
+
+    Attributes:
+        way: name of the implementation, as in `per_example=`.
+        n_examples: N, an int or (inside a graph) a scalar int32 tensor.
+        weights: the model's trainable weights, a list of `tf.Variable`.
+        loss: L(1), a scalar tensor.
+        y_pred: what the model returned for the batch.
+        gradient: v = grad L(1), a list of tensors shaped as the weights.
+        gram_is_cheap: whether `gram` costs about what one pass over the examples costs,
+            rather than N backward passes over the batch.
+    """
+
+    way: str
+    gram_is_cheap: bool
+
+    @property
+    def dtype(self):
+        """The dtype of the weights and of everything formed from them."""
+        return self.weights[0].dtype
+
+    @abc.abstractmethod
+    def dot(self, v):
+        """k_i = <g_i, v>, shape (N,), for v a list of tensors shaped as the weights."""
+
+    @abc.abstractmethod
+    def combine(self, w):
+        """sum_i w_i g_i, a list of tensors shaped as the weights, for w of shape (N,)."""
+
+    @abc.abstractmethod
+    def gram(self, center=None, unit=1.0):
+        """<(g_i - c) / unit, (g_j - c) / unit>, shape (N, N).
+
+        Args:
+            center: c, a list of tensors shaped as the weights. Subtracting the mean gradient
+                before the products keeps the digits that centring the products would lose.
+                Defaults to `None`, which is c = 0.
+            unit: a scalar tensor that keeps the squares in range.
+        """
+
+    def combine_many(self, w):
+        """Rows of `combine`: for w of shape (m, N) a list of tensors (m, *weight shape)."""
+        return tf.map_fn(
+            self.combine, w, fn_output_signature=[tf.TensorSpec(v.shape, v.dtype) for v in self.weights]
+        )
+
+    def mean(self):
+        """gbar = (1/N) sum_i g_i, without the gradient of r."""
+        n = tf.cast(self.n_examples, self.dtype)
+        return self.combine(tf.fill([self.n_examples], 1 / n))
+
+
+def centered(rows, center, unit):
+    """(g_i - center) / unit for rows g_i, a list of tensors (n, *weight shape)."""
+    if center is not None:
+        rows = [r - c for r, c in zip(rows, center, strict=True)]
+    return [r / tf.cast(unit, r.dtype) for r in rows]
+
+
+def products(rows, others):
+    """<a_i, b_j>, shape (n, m), of rows a_i and b_j as lists of tensors (n or m, *weight shape)."""
+    return tf.add_n([tf.matmul(_matrix(a), _matrix(b), transpose_b=True) for a, b in zip(rows, others)])
+
+
+def _matrix(tensor):
+    return tf.reshape(tensor, [tf.shape(tensor)[0], tensor.shape[1:].num_elements()])
+
+
+def gram_of_rows(rows, center, unit):
+    """The Gram matrix of (g_i - center) / unit, shape (n, n), from rows held in memory."""
+    rows = centered(rows, center, unit)
+    return products(rows, rows)

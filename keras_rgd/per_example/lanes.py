@@ -1,0 +1,230 @@
+"""Per-example gradients one example a lane: the whole model under `tf.vectorized_map`.
+
+The loss is taken once over the batch, so that f_i is the batch's own f_i; a lane runs the model
+on one example and pulls back the cotangent c_i = N d(sum_j dL/du_j)/dy_i of that example's
+output. That is grad f_i exactly where examples do not mix, in the model or in the loss, and where
+a forward pass draws nothing random; `checks` refuses the rest by name.
+"""
+
+import keras
+import tensorflow as tf
+
+from keras_rgd import vectors
+from keras_rgd.per_example.interface import (
+    PerExampleGradients,
+    centered,
+    gram_of_rows,
+    products,
+)
+from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+
+# A batched matrix product that vectorizing makes out of attention crashes the process in TF's
+# CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
+_CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}
+
+
+class Lanes(PerExampleGradients):
+    """Rows g_i of G, in chunks of `chunk_size` examples.
+
+    Args:
+        model: a compiled, built model whose examples do not mix.
+        x: inputs, axis 0 of length N; a nested structure for several inputs.
+        y: targets.
+        sample_weight: the user's sample weights (class weights included), or `None`.
+        training: whether layers behave as in training.
+        loss_scale: factor that keeps half-precision gradients in range; it cancels.
+        chunk_size: examples whose gradients are held at once. One chunk is computed once and
+            kept; several are computed again for each operation, so that N d need not fit in
+            memory. Defaults to `None`, all N.
+        rows: the function that makes rows from a chunk; see `rows_function`.
+        way: the name this goes by.
+    """
+
+    gram_is_cheap = True
+
+    def __init__(
+        self, model, x, y, sample_weight, training, loss_scale, chunk_size, rows, way
+    ):
+        self.way = way
+        self.weights = [w.value for w in model.trainable_variables]
+        self.n_examples = batch_size(x)
+        self._scale = tf.cast(loss_scale, self.dtype)
+        self._rows_function = rows
+        cotangents, r_gradient = self._batch_pass(model, x, y, sample_weight, training)
+        self._chunk_size = chunk_size
+        if chunk_size is None:
+            self._rows = self._rows_of((x, cotangents))
+        else:
+            self._chunks = _split((x, cotangents), self.n_examples, chunk_size)
+        self.gradient = self.mean()
+        if r_gradient is not None:
+            self.gradient = vectors.add(self.gradient, r_gradient)
+
+    def _batch_pass(self, model, x, y, sample_weight, training):
+        """One forward pass: the cotangents of the outputs, and grad r where there is an r."""
+        u = tf.ones([self.n_examples], self.dtype)
+        with tf.GradientTape(persistent=True) as tape:
+            with tape.stop_recording():
+                self.y_pred = call_model(model, x, training)
+            if model.losses:  # known only after a forward pass; r then needs a recorded one
+                self.y_pred = call_model(model, x, training)
+            outputs = [t for t in keras.tree.flatten(self.y_pred) if t.dtype.is_floating]
+            tape.watch(outputs)
+            self.loss, derivatives = example_losses(
+                model, x, y, self.y_pred, sample_weight, u, training
+            )
+            n = tf.cast(self.n_examples, self.dtype)
+            f_sum = n * self._scale * tf.reduce_sum(tf.cast(derivatives, self.dtype))
+            r = tf.cast(self.loss, self.dtype) - tf.reduce_sum(tf.cast(derivatives, self.dtype))
+        # Outputs without a loss get a cotangent of zeros.
+        cotangents = tape.gradient(
+            f_sum, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        r_gradient = None
+        if model.losses:
+            r_gradient = tape.gradient(
+                r, self.weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            r_gradient = [tf.convert_to_tensor(g) for g in r_gradient]
+        return cotangents, r_gradient
+
+    def _rows_of(self, chunk):
+        return [g / self._scale for g in self._rows_function(*chunk)]
+
+    def dot(self, v):
+        if self._chunk_size is None:
+            return _dot(self._rows, v)
+        k = tf.map_fn(
+            lambda chunk: _dot(self._rows_of(chunk), v),
+            self._chunks,
+            fn_output_signature=self.dtype,
+        )
+        return tf.reshape(k, [-1])[: self.n_examples]
+
+    def combine(self, w):
+        if self._chunk_size is None:
+            return _combine(w, self._rows)
+        # Weight zero for the last chunk's filling.
+        n = tf.shape(keras.tree.flatten(self._chunks)[0])[0] * self._chunk_size
+        w = tf.reshape(tf.pad(w, [[0, n - self.n_examples]]), [-1, self._chunk_size])
+        return tf.foldl(
+            lambda total, part: vectors.add(total, _combine(part[1], self._rows_of(part[0]))),
+            (self._chunks, w),
+            initializer=[tf.zeros(v.shape, v.dtype) for v in self.weights],
+        )
+
+    def combine_many(self, w):
+        if self._chunk_size is None:
+            return _combine(w, self._rows)
+        return super().combine_many(w)
+
+    def gram(self, center=None, unit=1.0):
+        if self._chunk_size is None:
+            return gram_of_rows(self._rows, center, unit)
+
+        def rows(chunk):
+            return centered(self._rows_of(chunk), center, unit)
+
+        def row_of_blocks(chunk):
+            own = rows(chunk)
+            return tf.map_fn(
+                lambda other: products(own, rows(other)),
+                self._chunks,
+                fn_output_signature=self.dtype,
+            )
+
+        blocks = tf.map_fn(row_of_blocks, self._chunks, fn_output_signature=self.dtype)
+        n = tf.shape(blocks)[0] * self._chunk_size
+        gram = tf.reshape(tf.transpose(blocks, [0, 2, 1, 3]), [n, n])
+        return gram[: self.n_examples, : self.n_examples]
+
+
+def _dot(rows, v):
+    return products(rows, [x[None] for x in v])[:, 0]
+
+
+def _combine(w, rows):
+    return [tf.tensordot(w, r, 1) for r in rows]
+
+
+def _split(tensors, n, chunk_size):
+    """The tensors (N, ...) as (chunks, chunk_size, ...), the last chunk filled with example 0.
+
+    What is computed for the filling is cut off again, or has weight zero.
+    """
+    n_chunks = -(-n // chunk_size)
+    filling = n_chunks * chunk_size - n
+
+    def split(tensor):
+        tensor = tf.convert_to_tensor(tensor)
+        index = tf.concat([tf.range(n), tf.zeros([filling], tf.int32)], 0)
+        shape = tf.concat([[n_chunks, chunk_size], tf.shape(tensor)[1:]], 0)
+        chunks = tf.reshape(tf.gather(tensor, index), shape)
+        return tf.ensure_shape(chunks, [None, chunk_size, *tensor.shape[1:]])
+
+    return keras.tree.map_structure(split, tensors)
+
+
+def rows_function(model, training, mapping, compiled=False):
+    """The function from a chunk (x, cotangents) to the chunk's rows of G.
+
+    Args:
+        model: the model.
+        training: whether layers behave as in training.
+        mapping: `vectorized` or `one_by_one`.
+        compiled: whether the caller is compiled with XLA already.
+
+    Returns:
+        A function of inputs (n, ...) and a list of cotangents (n, ...) that returns a list of
+        tensors (n, *weight shape).
+    """
+    weights = [w.value for w in model.trainable_variables]
+
+    def lane(example):
+        x, cotangents = example
+        with tf.GradientTape() as tape:
+            y = call_model(model, keras.tree.map_structure(lambda t: t[None], x), training)
+            outputs = [t for t in keras.tree.flatten(y) if t.dtype.is_floating]
+            pairs = zip(cotangents, outputs, strict=True)
+            products = [tf.cast(c * o[0], weights[0].dtype) for c, o in pairs]
+            projection = tf.add_n([tf.reduce_sum(p) for p in products])
+        gradient = tape.gradient(
+            projection, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return [tf.convert_to_tensor(g) for g in gradient]
+
+    signature = [tf.TensorSpec(w.shape, w.dtype) for w in weights]
+    return mapping(lane, signature, compiled)
+
+
+def vectorized(lane, signature, compiled):
+    """`tf.vectorized_map` of `lane`, compiled with XLA where TF's own kernels crash."""
+
+    def rows(*chunk):
+        return tf.vectorized_map(lane, chunk, fallback_to_while_loop=False)
+
+    if compiled:
+        return rows
+    plain = tf.function(rows, reduce_retracing=True)
+    with_xla = tf.function(rows, reduce_retracing=True, jit_compile=True)
+
+    chosen = []
+
+    def sound_rows(*chunk):
+        if not chosen:
+            graph = plain.get_concrete_function(*chunk).graph.as_graph_def()
+            used = {node.op for node in graph.node}
+            used |= {node.op for f in graph.library.function for node in f.node_def}
+            chosen.append(with_xla if used & _CRASH_UNCOMPILED else plain)
+        return chosen[0](*chunk)
+
+    return sound_rows
+
+
+def one_by_one(lane, signature, compiled):
+    """`lane` of one example after another: any layer, one backward pass an example."""
+
+    def rows(*chunk):
+        return tf.map_fn(lane, chunk, fn_output_signature=signature)
+
+    return rows if compiled else tf.function(rows, reduce_retracing=True)

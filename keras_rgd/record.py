@@ -1,0 +1,102 @@
+"""What one measurement of D says: a frozen record, saved and loaded as JSON."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiffusionRecord:
+    """D at one moment of training, on `examples` examples.
+
+    "Squared gradient" is the unit of eigenvalues: the loss's unit over the weights', squared. NaN
+    stands for what is not defined at that moment.
+    """
+
+    epoch: int  # counted from 0, as Keras passes it
+    step: int  # the optimizer's iterations so far
+    examples: int  # N
+    n_weights: int  # d
+    mode: str  # "evaluation" or "training"
+    per_example: str  # how the gradients were had
+    seconds: float  # what the measurement took
+    eigenvalues: np.ndarray  # (min(N, d),), float64, descending, squared gradient
+    lambda_max: float  # squared gradient
+    trace: float  # tr D, squared gradient
+    rank: int | None  # above rank_cut; None where that cut means nothing
+    rank_reason: str | None  # why rank is None
+    rank_cut: float  # lambda_max * d * float32 epsilon, as in arXiv 1710.11029; NaN with rank
+    rank_gram: int  # above rank_gram_cut
+    rank_gram_cut: float  # lambda_max * N * epsilon of the weights' dtype
+    rank_bound: int  # N - 1, Eq. (3) of the paper
+    eigenvalue_mean: float  # over all d, squared gradient
+    eigenvalue_std: float  # over all d
+    clipped_mean: float  # over all d, from below at rank_cut (rank_gram_cut where that is NaN)
+    clipped_std: float  # likewise
+    participation_ratio: float  # tr(D)^2 / tr(D^2), in [1, N - 1]
+    effective_rank: float  # exp of the entropy of eigenvalues / trace
+    epsilon: float  # by the optimizer's rule or the callback's, one over squared gradient
+    epsilon_lambda_max: float  # eps * lambda_max, in [0, 1)
+    weak_field_error: float  # ||(I + eps D)^-1 - (I - eps D)||, in [0, 1/2)
+    weak_field_error_gradient: float  # of (I + eps D)^-1 v, relative, v the gradient
+    step_epsilon: float  # the epoch's mean of what RGD's steps used; NaN with other optimizers
+    descent_ratio: float  # 1 - eps v^T D v / |v|^2, in (0, 1]
+    cosine_top: float  # |cos| of v and the top eigenvector
+    overlap: float  # tr(P_t P_s) / k with the last record's top k <= 10; NaN the first time
+    gradient_norm: float  # |v|
+    noise_scale: float  # tr S / |G|^2, unbiased (arXiv 1812.06162), in examples; NaN if |G|^2 <= 0
+
+
+def save_records(records, path):
+    """Write records to one JSON file, whole or not at all.
+
+    Args:
+        records: a list of `DiffusionRecord`.
+        path: the file; its folder must exist.
+    """
+    path = pathlib.Path(path)
+    rows = [{k: _plain(v) for k, v in vars(record).items()} for record in records]
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        json.dump({"keras_rgd_records": 1, "records": rows}, file, allow_nan=False, indent=1)
+    os.replace(partial, path)
+
+
+def load_records(path):
+    """Read what `save_records` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A list of `DiffusionRecord`.
+
+    Raises:
+        ValueError: the file holds no records.
+    """
+    with open(path) as file:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Expected a file written by save_records. Received: {path}") from error
+    if not isinstance(content, dict) or content.get("keras_rgd_records") != 1:
+        raise ValueError(f"Expected a file written by save_records. Received: {path}")
+    return [DiffusionRecord(**_revived(row)) for row in content["records"]]
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    # JSON has no NaN.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _revived(row):
+    types = {f.name: f.type for f in dataclasses.fields(DiffusionRecord)}
+    revived = {k: math.nan if v is None and types[k] is float else v for k, v in row.items()}
+    revived["eigenvalues"] = np.array(row["eigenvalues"], np.float64)
+    return revived

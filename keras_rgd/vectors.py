@@ -1,0 +1,55 @@
+"""Vectors in weight space, kept as lists of tensors shaped as the weights."""
+
+import numpy as np
+import tensorflow as tf
+
+
+def inner(a, b):
+    """Euclidean inner product of two lists of tensors, a scalar tensor."""
+    return tf.add_n([tf.reduce_sum(x * y) for x, y in zip(a, b, strict=True)])
+
+
+def norm(a):
+    """Euclidean norm, safe where the squares of the entries leave the range of the dtype."""
+    largest = tf.reduce_max(tf.stack([_largest(x) for x in a]))
+    unit = tf.where(largest > 0, largest, tf.ones_like(largest))
+    return unit * tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(x / unit)) for x in a]))
+
+
+def _largest(x):
+    # A weight with no entries has no largest one; -inf would survive the maximum.
+    return tf.reduce_max(tf.abs(x)) if x.shape.num_elements() != 0 else tf.zeros([], x.dtype)
+
+
+def scale(a, factor):
+    """The list `factor * a`."""
+    return [factor * x for x in a]
+
+
+def add(a, b, factor=1.0):
+    """The list `a + factor * b`."""
+    return [x + factor * y for x, y in zip(a, b, strict=True)]
+
+
+def safe_divide(a, b):
+    """a / b, and 0 where b is 0; a scalar or a tensor."""
+    return tf.math.divide_no_nan(a, b)
+
+
+def size(weights):
+    """Number of scalar weights d."""
+    return int(sum(np.prod(w.shape) for w in weights))
+
+
+def flatten(a):
+    """One numpy vector of length d from a list of tensors."""
+    return np.concatenate([np.reshape(x, -1) for x in a])
+
+
+def unflatten(vector, like):
+    """The list of tensors shaped and typed as `like` from a numpy vector of length d."""
+    ends = np.cumsum([np.prod(w.shape, dtype=int) for w in like])
+    parts = np.split(np.asarray(vector), ends[:-1])
+    return [
+        tf.constant(np.reshape(p, w.shape), dtype=w.dtype) for p, w in zip(parts, like, strict=True)
+    ]
