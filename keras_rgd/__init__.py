@@ -1,8 +1,9 @@
 """Relativistic gradient descent and the diffusion matrix of SGD's noise, for Keras."""
 
 from keras_rgd import epsilon
-from keras_rgd.diffusion import DiffusionMatrix, DiffusionMetric
+from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.measurement import diffusion_matrix
+from keras_rgd.metric import DiffusionMetric
 from keras_rgd.model import RGDMixin, RGDModel, RGDSequential, to_rgd
 from keras_rgd.monitor import DiffusionMonitor
 from keras_rgd.optimizer import RGD

@@ -76,7 +76,10 @@ def lanczos_measure(k, u, mass):
         beta = tf.where(beta > tiny, beta, tf.zeros_like(beta))
         betas.append(beta)
         basis.append(tf.math.divide_no_nan(image, beta))
-    nodes, ritz = tf.linalg.eigh(_tridiagonal(alphas, betas))
+    t = _tridiagonal(alphas, betas)
+    # eigh raises on what half precision overflowed; such a step is skipped later.
+    finite = tf.reduce_all(tf.math.is_finite(t))
+    nodes, ritz = tf.linalg.eigh(tf.where(finite, t, tf.zeros_like(t)))
     nodes = tf.maximum(nodes, 0)
     weights = tf.math.divide_no_nan(mass * tf.square(ritz[0]), nodes)
     # A node that is rounding alone would get a weight that is.
@@ -129,6 +132,7 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
     Returns:
         The largest Ritz value, a scalar tensor.
     """
+
     def top(alphas, betas):
         lower = tf.linalg.diag(alphas) + tf.linalg.diag(betas[1:], k=-1)
         return trace_power_bound(lower @ tf.transpose(lower))

@@ -1,4 +1,4 @@
-"""The diffusion matrix D and the diffusion metric g = I + eps D, on per-example gradients.
+"""The diffusion matrix D of one batch, on per-example gradients.
 
 D = (1/N) G^T H G, Eq. (2) of the paper, with the rows of G the per-example gradients and
 H = I - 11^T/N. It has d x d entries and is never formed: K = (1/N) H G G^T H, N x N, has the same
@@ -13,12 +13,11 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from keras_rgd import bounds, vectors
-from keras_rgd import epsilon as epsilon_rules
 from keras_rgd.epsilon import Spectrum
 
 # Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
 # docs/epsilon.md.
-ESTIMATE_MARGIN = 1.3
+ESTIMATE_MARGIN = 1.5
 
 # The estimate of the last batch stands while this batch's is within this factor of it.
 _AGREEMENT = 2.0
@@ -94,7 +93,7 @@ class DiffusionMatrix:
         Raises:
             ValueError: v is not shaped as the weights.
         """
-        image = self.image(self._vector(v))
+        image = self.image(self.vector(v))
         return vectors.scale(image.direction, image.norm * image.size * image.alpha)
 
     def image(self, v):
@@ -214,12 +213,12 @@ class DiffusionMatrix:
         return self.gradients.combine_many(tf.constant(weights, self.gradients.dtype))
 
     def example_coordinates(self, v):
-        """v's coordinates along the eigenvectors, <v, e_j>, numpy float64, shape (min(N, d),).
+        """V's coordinates along the eigenvectors, <v, e_j>, numpy float64, shape (min(N, d),).
 
         0 where the eigenvalue is 0.
         """
         eigenvalues, examples, _ = self._spectral()
-        k = self.gradients.dot(self._vector(v)).numpy().astype(np.float64)
+        k = self.gradients.dot(self.vector(v)).numpy().astype(np.float64)
         along = examples.T @ (k - k.mean())
         root = np.sqrt(self.n_examples * eigenvalues)
         return np.divide(along, root, out=np.zeros_like(root), where=root > 0)
@@ -229,7 +228,7 @@ class DiffusionMatrix:
         return float(self._spectral()[0][0])
 
     def trace(self):
-        """tr D = (1/N) sum_i |g_i - gbar|^2."""
+        """Tr D = (1/N) sum_i |g_i - gbar|^2."""
         return float(np.trace(self._spectral()[2]))
 
     def rank_cut(self, rule="gram"):
@@ -295,131 +294,15 @@ class DiffusionMatrix:
             self._eigen = descending, examples[:, ::-1][:, :count], k
         return self._eigen
 
-    def _vector(self, v):
-        return _like_weights(v, self.gradients.weights)
-
-
-class DiffusionMetric:
-    """The diffusion metric g = I + eps D, Eq. (6) of the paper.
-
-    Args:
-        diffusion_matrix: D, a `DiffusionMatrix` outside a graph.
-        epsilon: eps, a float with 0 <= eps * lambda_max < 1; or a rule of `keras_rgd.epsilon`,
-            applied to D along the batch's gradient.
-
-    Raises:
-        ValueError: eps * lambda_max is not in [0, 1).
-    """
-
-    def __init__(self, diffusion_matrix, epsilon):
-        self.diffusion_matrix = diffusion_matrix
-        if isinstance(epsilon, epsilon_rules.Rule):
-            gradient = diffusion_matrix.gradients.gradient
-            epsilon = choose_epsilon(diffusion_matrix, epsilon, gradient)
-        self.epsilon = float(epsilon)
-        top = diffusion_matrix.top_eigenvalue()
-        if not 0 <= self.epsilon * top < 1:
+    def vector(self, v):
+        """V as a list of tensors of the weights' shapes and dtypes, checked."""
+        shapes = [tuple(np.shape(x)) for x in v]
+        expected = [tuple(w.shape) for w in self.gradients.weights]
+        if shapes != expected:
             raise ValueError(
-                "`epsilon` must satisfy 0 <= epsilon * lambda_max < 1 (Eq. 6 of the paper), here "
-                f"epsilon < {1 / top:.6g}; for a fraction c of that bound write "
-                f"keras_rgd.epsilon.Fraction(c). Received: epsilon={epsilon}"
+                "A vector in weight space is a list of tensors shaped as the trainable weights, "
+                f"{expected}. Received: shapes {shapes}"
             )
-
-    def apply(self, v):
-        """(I + eps D) v, for v a list of tensors shaped as the weights."""
-        return self._plus(v, self.epsilon)
-
-    def weak_inverse(self, v):
-        """(I - eps D) v, the inverse metric in the weak field: the direction of Eq. (10)."""
-        return self._plus(v, -self.epsilon)
-
-    def inverse(self, v):
-        """(I + eps D)^-1 v exactly, by the N x N system.
-
-        v - (eps/N) G^T H (I + eps K)^-1 H G v (Woodbury), solved in float64.
-        """
-        D = self.diffusion_matrix
-        v = D._vector(v)
-        n = D.n_examples
-        k = D.gradients.dot(v).numpy().astype(np.float64)
-        system = np.eye(n) + self.epsilon * D.centered_gram()
-        solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
-        weights = tf.constant(solution - solution.mean(), D.gradients.dtype)
-        return vectors.add(v, D.gradients.combine(weights), -self.epsilon / n)
-
-    def weak_field_error(self, v=None):
-        """How far the weak-field inverse is from the exact one.
-
-        Args:
-            v: a list of tensors shaped as the weights. Defaults to `None`.
-
-        Returns:
-            For `None` the operator norm ||(I + eps D)^-1 - (I - eps D)||, in [0, 1/2); for v the
-            norm of that difference applied to v, over |(I + eps D)^-1 v|.
-        """
-        D = self.diffusion_matrix
-        if v is None:
-            return weak_field_error(D.eigenvalues(), self.epsilon)
-        spectrum = _spectrum(D, v)
-        return float(spectrum.weak_field_error(tf.constant(self.epsilon, tf.float64)))
-
-    def _plus(self, v, factor):
-        D = self.diffusion_matrix
-        v = D._vector(v)
-        return vectors.add(v, D.matvec(v), factor)
-
-
-def weak_field_error(eigenvalues, epsilon):
-    """Distance between the exact inverse metric and its weak-field form.
-
-    ||(I + eps D)^-1 - (I - eps D)||_2 = max_k (eps lam_k)^2 / (1 + eps lam_k), after Eq. (6).
-
-    Args:
-        eigenvalues: eigenvalues of D, shape (r,), in squared-gradient units.
-        epsilon: the metric's parameter, 0 <= epsilon * max(eigenvalues) < 1.
-
-    Returns:
-        A float in [0, 1/2).
-    """
-    t = epsilon * np.asarray(eigenvalues)
-    return float(np.max(t**2 / (1 + t)))
-
-
-def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
-    """eps by `rule` for the exact spectrum of D along v, a float.
-
-    Args:
-        diffusion_matrix: a `DiffusionMatrix` outside a graph.
-        rule: a rule of `keras_rgd.epsilon`.
-        v: a list of tensors shaped as the weights.
-        iteration: number of steps taken, for a schedule.
-    """
-    spectrum = _spectrum(diffusion_matrix, v)
-    return float(spectrum.in_true_units(rule(spectrum, iteration)))
-
-
-def _spectrum(diffusion_matrix, v):
-    """The exact `Spectrum` of D along v, in float64."""
-    eigenvalues = diffusion_matrix.eigenvalues()
-    top = eigenvalues[0]
-    unit = np.sqrt(top) if top > 0 else 1.0
-    norm = float(vectors.norm(v))
-    weights = (diffusion_matrix.example_coordinates(v) / (norm if norm > 0 else 1.0)) ** 2
-    rest = max(1 - weights.sum(), 0)
-    return Spectrum(
-        lambda_max=tf.constant(top / unit**2, tf.float64),
-        nodes=tf.constant(np.append(eigenvalues / unit**2, 0), tf.float64),
-        weights=tf.constant(np.append(weights, rest), tf.float64),
-        unit=tf.constant(unit, tf.float64),
-    )
-
-
-def _like_weights(v, weights):
-    shapes = [tuple(np.shape(x)) for x in v]
-    expected = [tuple(w.shape) for w in weights]
-    if shapes != expected:
-        raise ValueError(
-            "A vector in weight space is a list of tensors shaped as the trainable weights, "
-            f"{expected}. Received: shapes {shapes}"
-        )
-    return [tf.convert_to_tensor(x, w.dtype) for x, w in zip(v, weights, strict=True)]
+        return [
+            tf.convert_to_tensor(x, w.dtype) for x, w in zip(v, self.gradients.weights, strict=True)
+        ]

@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from keras_rgd import per_example as ways
 from keras_rgd import vectors
-from keras_rgd.diffusion import DiffusionMatrix, DiffusionMetric, choose_epsilon
+from keras_rgd.diffusion import DiffusionMatrix
+from keras_rgd.metric import DiffusionMetric, choose_epsilon
 from keras_rgd.record import DiffusionRecord
 
 # How many leading eigenvectors are compared between records.
@@ -56,7 +57,9 @@ def as_batch(model, x, y=None, sample_weight=None):
             "model.compile(optimizer, loss=...) first."
         )
     batch = keras.tree.map_structure(_tensor, (x, y, sample_weight))
-    lengths = {t.shape[0] if t.shape.rank else None for t in keras.tree.flatten(batch) if t is not None}
+    lengths = {
+        t.shape[0] if t.shape.rank else None for t in keras.tree.flatten(batch) if t is not None
+    }
     if len(lengths) != 1 or None in lengths or 0 in lengths:
         raise ValueError(
             "Inputs, targets and sample weights must have the same positive length along axis 0. "
@@ -210,7 +213,7 @@ def _gradient_values(D, rule, step):
 
 
 def _noise_scale(D):
-    """tr S / |G|^2 of McCandlish et al. (arXiv 1812.06162), both unbiased, without grad r."""
+    """Tr S / |G|^2 of McCandlish et al. (arXiv 1812.06162), both unbiased, without grad r."""
     n = D.n_examples
     if n == 1:
         return math.nan

@@ -38,8 +38,6 @@ class RGDMixin:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not self.trainable_variables:
             raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
-        if not optimizer.built:
-            self.optimizer.build(self.trainable_variables)
         scale = self.optimizer.scale_loss(tf.ones([], self.trainable_variables[0].dtype))
         gradients = self._step_state.way(x, y, sample_weight, scale)
         direction = optimizer.direction(gradients)
@@ -95,6 +93,9 @@ class RGDMixin:
         optimizer = inner_rgd(self.optimizer)
         self._step_state = None
         if optimizer is not None:
+            if not self.optimizer.built:
+                # Variables made while tracing would have the step traced twice.
+                self.optimizer.build(self.trainable_variables)
             way = per_example.make_way(
                 self,
                 optimizer.per_example,

@@ -19,7 +19,14 @@ from keras_rgd.model import inner_rgd
 from keras_rgd.record import load_records, save_records
 
 # Into `logs`, and so to the progress bar, History and CSVLogger; the rest is in the records.
-_LOGGED = ("rank", "rank_gram", "lambda_max", "epsilon", "weak_field_error", "weak_field_error_gradient")
+_LOGGED = (
+    "rank",
+    "rank_gram",
+    "lambda_max",
+    "epsilon",
+    "weak_field_error",
+    "weak_field_error_gradient",
+)
 
 
 class DiffusionMonitor(keras.callbacks.Callback):

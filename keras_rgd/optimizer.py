@@ -11,8 +11,8 @@ from keras_rgd import vectors
 from keras_rgd.diffusion import DiffusionMatrix
 
 _ORDINARY_MODEL = """\
-RGD needs the gradients of the batch's examples, and this model hands it only their mean. No weight \
-was changed. Use a model that takes RGD steps:
+RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
+weight was changed. Use a model that takes RGD steps:
     model = keras_rgd.RGDSequential([...])      # instead of keras.Sequential([...])
     model = keras_rgd.RGDModel(inputs, outputs) # instead of keras.Model(inputs, outputs)
     model = keras_rgd.to_rgd(model)             # an existing model, sharing its weights

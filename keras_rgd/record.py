@@ -82,7 +82,9 @@ def load_records(path):
         try:
             content = json.load(file)
         except json.JSONDecodeError as error:
-            raise ValueError(f"Expected a file written by save_records. Received: {path}") from error
+            raise ValueError(
+                f"Expected a file written by save_records. Received: {path}"
+            ) from error
     if not isinstance(content, dict) or content.get("keras_rgd_records") != 1:
         raise ValueError(f"Expected a file written by save_records. Received: {path}")
     return [DiffusionRecord(**_revived(row)) for row in content["records"]]

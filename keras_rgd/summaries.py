@@ -62,7 +62,9 @@ def plot_spectrum(records, ax=None):
     """
     records = list(records) if isinstance(records, list | tuple) else [records]
     if not any(record.lambda_max > 0 for record in records):
-        raise ValueError(f"Expected a record with a positive eigenvalue. Received: {records!r:.100}")
+        raise ValueError(
+            f"Expected a record with a positive eigenvalue. Received: {records!r:.100}"
+        )
     if ax is None:
         figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
         ax = figure.add_subplot()
@@ -70,13 +72,21 @@ def plot_spectrum(records, ax=None):
         counted = record.eigenvalues[record.eigenvalues > record.rank_gram_cut]
         label = f"epoch {record.epoch}" if record in (records[0], records[-1]) else None
         color = matplotlib.colormaps["viridis_r"](shade if len(records) > 1 else 0.8)
-        ax.loglog(np.arange(1, len(counted) + 1), counted, ".-", ms=3, lw=1, color=color, label=label)
+        ax.loglog(
+            np.arange(1, len(counted) + 1), counted, ".-", ms=3, lw=1, color=color, label=label
+        )
     last = records[-1]
     if last.rank is not None:
-        ax.axhline(last.rank_cut, color="tab:gray", ls="--", lw=1, label=f"rank cut: rank {last.rank}")
+        ax.axhline(
+            last.rank_cut, color="tab:gray", ls="--", lw=1, label=f"rank cut: rank {last.rank}"
+        )
     else:
         ax.axhline(
-            last.rank_gram_cut, color="tab:gray", ls="--", lw=1, label=f"rank cut: rank {last.rank_gram}"
+            last.rank_gram_cut,
+            color="tab:gray",
+            ls="--",
+            lw=1,
+            label=f"rank cut: rank {last.rank_gram}",
         )
     if last.epsilon > 0:
         ax.axhline(1 / last.epsilon, color="tab:red", ls=":", lw=1.5, label=r"$1/\epsilon$")

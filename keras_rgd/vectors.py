@@ -32,7 +32,7 @@ def add(a, b, factor=1.0):
 
 
 def safe_divide(a, b):
-    """a / b, and 0 where b is 0; a scalar or a tensor."""
+    """A / b, and 0 where b is 0; a scalar or a tensor."""
     return tf.math.divide_no_nan(a, b)
 
 

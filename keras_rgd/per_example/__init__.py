@@ -76,27 +76,29 @@ def check_batch(model, x, y, sample_weight, *, training, compiled=False):
         ValueError: names the layer that makes it inexact or impossible.
     """
     checks.check_exact(model, x, y, sample_weight, training)
-    _check_lanes(model, x, y, sample_weight, training, compiled)
+    error = _trial_error(model, x, y, sample_weight, training, compiled)
+    if error is not None:
+        raise checks.not_vectorizable(model, x, training, compiled, error) from error
 
 
-def _check_lanes(model, x, y, sample_weight, training, compiled):
-    """Run the lanes on two examples: they must run, and add up to the batch's gradient."""
+def _trial_error(model, x, y, sample_weight, training, compiled):
+    """Run the lanes on two examples: why they cannot run, or None; they must be exact."""
     batch = [
         None if t is None else keras.tree.map_structure(lambda a: tf.convert_to_tensor(a)[:2], t)
         for t in (x, y, sample_weight)
     ]
     way = make_way(model, "vectorized_map", training=training, compiled=compiled)
+    received = []
 
     @tf.function(jit_compile=compiled, autograph=False)
     def gradient(*batch):
         return way(*batch).gradient
 
-    try:
-        with checks.unchanged(model):
-            received = gradient(*batch)
-    except (ValueError, TypeError, NotImplementedError, tf.errors.OpError) as error:
-        raise checks.not_vectorizable(model, batch[0], training, compiled, error) from error
-    checks.check_gradient(model, *batch, training, received)
+    with checks.unchanged(model):
+        error = checks.trial_fails(lambda: received.extend(gradient(*batch)))
+    if error is None:
+        checks.check_gradient(model, *batch, training, received)
+    return error
 
 
 def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", chunk_size=None):
@@ -147,9 +149,8 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
 
 def _measuring_choice(model, x, y, sample_weight, training):
     try:
-        check_batch(model, x, y, sample_weight, training=training)
+        checks.check_exact(model, x, y, sample_weight, training)
+        error = _trial_error(model, x, y, sample_weight, training, compiled=False)
     except checks.NotExactError:
         return "double_backward"
-    except checks.NotVectorizableError:
-        return "one_by_one"
-    return "vectorized_map"
+    return "vectorized_map" if error is None else "one_by_one"

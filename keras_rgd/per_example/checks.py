@@ -24,6 +24,20 @@ class NotVectorizableError(ValueError):
     """`tf.vectorized_map` cannot run this model."""
 
 
+def trial_fails(function, *arguments):
+    """The error of a trial of `tf.vectorized_map`, or None; its pages of log are not shown."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        function(*arguments)
+    except (ValueError, TypeError, NotImplementedError, LookupError, tf.errors.OpError) as error:
+        return error
+    finally:
+        logger.setLevel(level)
+    return None
+
+
 @contextlib.contextmanager
 def unchanged(model):
     """Whatever runs inside, the model's seeds, moving statistics and metrics end as they began."""
@@ -108,8 +122,8 @@ def not_vectorizable(model, x, training, compiled, error):
 def _reason(error):
     """The telling line of TensorFlow's many, cut short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("ValueError", "Encountered", "Input", "No pfor"))]
-    return (told or lines or [type(error).__name__])[0][:200]
+    told = [line for line in lines if line.startswith("ValueError: ")]
+    return (told or lines or [type(error).__name__])[-1].removeprefix("ValueError: ")[:200]
 
 
 def _vectorizes(layer, arguments, compiled):
@@ -128,16 +142,14 @@ def _vectorizes(layer, arguments, compiled):
             tensors = iter(example)
             called = [next(tensors)[None] if tf.is_tensor(t) else t for t in flat]
             output = layer(*keras.tree.pack_sequence_as(arguments, called))
-        return tape.gradient(
+        gradient = tape.gradient(
             output, weights + floating, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
+        return [tf.convert_to_tensor(g) for g in gradient]
 
     rows = lanes.vectorized(lane, None, compiled)
-    try:
-        tf.function(lambda *a: rows(list(a)), jit_compile=compiled, autograph=False)(*inputs)
-    except (ValueError, TypeError, NotImplementedError, tf.errors.OpError):
-        return False
-    return True
+    run = tf.function(lambda *a: rows(list(a)), jit_compile=compiled, autograph=False)
+    return trial_fails(run, *inputs) is None
 
 
 def _layers_that_change_state(model, x, training):

@@ -82,4 +82,6 @@ class DoubleBackward(PerExampleGradients):
         return vectors.scale(scaled, 1 / self._scale)
 
     def gram(self, center=None, unit=1.0):
-        return gram_of_rows(self.combine_many(tf.eye(self.n_examples, dtype=self.dtype)), center, unit)
+        return gram_of_rows(
+            self.combine_many(tf.eye(self.n_examples, dtype=self.dtype)), center, unit
+        )

@@ -54,11 +54,13 @@ class PerExampleGradients(abc.ABC):
     def combine_many(self, w):
         """Rows of `combine`: for w of shape (m, N) a list of tensors (m, *weight shape)."""
         return tf.map_fn(
-            self.combine, w, fn_output_signature=[tf.TensorSpec(v.shape, v.dtype) for v in self.weights]
+            self.combine,
+            w,
+            fn_output_signature=[tf.TensorSpec(v.shape, v.dtype) for v in self.weights],
         )
 
     def mean(self):
-        """gbar = (1/N) sum_i g_i, without the gradient of r."""
+        """Gbar = (1/N) sum_i g_i, without the gradient of r."""
         n = tf.cast(self.n_examples, self.dtype)
         return self.combine(tf.fill([self.n_examples], 1 / n))
 
@@ -72,7 +74,8 @@ def centered(rows, center, unit):
 
 def products(rows, others):
     """<a_i, b_j>, shape (n, m), of rows a_i and b_j as lists of tensors (n or m, *weight shape)."""
-    return tf.add_n([tf.matmul(_matrix(a), _matrix(b), transpose_b=True) for a, b in zip(rows, others)])
+    pairs = zip(rows, others, strict=True)
+    return tf.add_n([tf.matmul(_matrix(a), _matrix(b), transpose_b=True) for a, b in pairs])
 
 
 def _matrix(tensor):

@@ -22,6 +22,9 @@ from keras_rgd.per_example.loss import batch_size, call_model, example_losses
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
 _CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}
 
+# What tf.vectorized_map fails on, after long tracing and pages of log; loops also under XLA only.
+_NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
+
 
 class Lanes(PerExampleGradients):
     """Rows g_i of G, in chunks of `chunk_size` examples.
@@ -42,9 +45,7 @@ class Lanes(PerExampleGradients):
 
     gram_is_cheap = True
 
-    def __init__(
-        self, model, x, y, sample_weight, training, loss_scale, chunk_size, rows, way
-    ):
+    def __init__(self, model, x, y, sample_weight, training, loss_scale, chunk_size, rows, way):
         self.way = way
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(x)
@@ -198,27 +199,42 @@ def rows_function(model, training, mapping, compiled=False):
 
 
 def vectorized(lane, signature, compiled):
-    """`tf.vectorized_map` of `lane`, compiled with XLA where TF's own kernels crash."""
+    """`tf.vectorized_map` of `lane`, compiled with XLA where TF's own kernels crash.
+
+    Raises (the function that is returned, when it is traced):
+        ValueError: an operation that `tf.vectorized_map` cannot run, by its name.
+    """
 
     def rows(*chunk):
-        return tf.vectorized_map(lane, chunk, fallback_to_while_loop=False)
+        used = _operations(lane, chunk)
+        if used & _NOT_VECTORIZED:
+            raise ValueError(
+                f"tf.vectorized_map has no rule for {', '.join(sorted(used & _NOT_VECTORIZED))}"
+            )
+        mapped = tf.vectorized_map(lane, chunk, fallback_to_while_loop=False)
+        crashes.append(bool(used & _CRASH_UNCOMPILED))
+        return mapped
 
+    crashes = []
     if compiled:
         return rows
     plain = tf.function(rows, reduce_retracing=True)
     with_xla = tf.function(rows, reduce_retracing=True, jit_compile=True)
 
-    chosen = []
-
     def sound_rows(*chunk):
-        if not chosen:
-            graph = plain.get_concrete_function(*chunk).graph.as_graph_def()
-            used = {node.op for node in graph.node}
-            used |= {node.op for f in graph.library.function for node in f.node_def}
-            chosen.append(with_xla if used & _CRASH_UNCOMPILED else plain)
-        return chosen[0](*chunk)
+        if not crashes:
+            plain.get_concrete_function(*chunk)  # traces, runs nothing
+        return (with_xla if crashes[0] else plain)(*chunk)
 
     return sound_rows
+
+
+def _operations(lane, chunk):
+    """The types of the operations of `lane` on one example of `chunk`, loops' insides included."""
+    specs = keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), chunk)
+    graph = tf.function(lane).get_concrete_function(specs).graph.as_graph_def()
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    return {node.op for node in nodes}
 
 
 def one_by_one(lane, signature, compiled):

@@ -82,7 +82,7 @@ def _compute_loss(model, x, y, y_pred, sample_weight, training):
 
 
 def _weights(model, x, y, y_pred, sample_weight, u, training):
-    """u times the user's weights, for each loss in the rank of that loss's values.
+    """U times the user's weights, for each loss in the rank of that loss's values.
 
     A loss over time has values (N, T): weights of shape (N,) would not broadcast, or at N = T
     would weight the timesteps.

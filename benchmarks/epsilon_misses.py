@@ -1,0 +1,96 @@
+"""How safe eps is where the step has no Gram matrix.
+
+With "double_backward" the largest eigenvalue M_x of each batch's D is estimated, and eps * M_x < 1
+can be missed. This trains on the 8x8 digits that scikit-learn ships, decomposes the Gram matrix of
+every batch besides, and prints how often and by how much.
+
+    python benchmarks/epsilon_misses.py
+"""
+
+import argparse
+
+import keras
+import numpy as np
+import sklearn.datasets
+
+import keras_rgd
+from keras_rgd.measurement import as_batch, way_for
+
+layers = keras.layers
+
+
+def mlp():
+    """A multilayer perceptron."""
+    return [layers.Flatten(), layers.Dense(64, "relu"), layers.Dense(64, "relu"), layers.Dense(10)]
+
+
+def cnn():
+    """A convolutional network."""
+    return [
+        layers.Conv2D(16, 3, activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(32, "relu"),
+        layers.Dense(10),
+    ]
+
+
+def cnn_batch_normalization():
+    """The same with BatchNormalization, whose examples mix."""
+    conv, pool, flatten, dense, last = cnn()
+    return [conv, layers.BatchNormalization(), pool, flatten, dense, last]
+
+
+def lstm():
+    """A recurrent network over the rows of the image."""
+    return [layers.Reshape((8, 8)), layers.LSTM(32), layers.Dense(10)]
+
+
+MODELS = {f.__name__: f for f in (mlp, cnn, cnn_batch_normalization, lstm)}
+
+
+def products(name, epsilon, batch_size, learning_rate, steps, seed):
+    """eps * M_x at each step of one training run, and how many steps iterated; numpy (steps,)."""
+    keras.utils.set_random_seed(seed)
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
+    model = keras_rgd.RGDSequential([keras.Input((8, 8, 1)), *MODELS[name]()])
+    rgd = keras_rgd.RGD(learning_rate, epsilon, per_example="double_backward")
+    model.compile(rgd, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rng = np.random.default_rng(seed)
+    way, result = None, []
+    for _ in range(steps):
+        chosen = rng.choice(len(images), batch_size, replace=False)
+        batch = as_batch(model, images[chosen], labels[chosen])
+        way = way or way_for(model, batch, True, "auto", None)
+        top = keras_rgd.DiffusionMatrix(way(*batch)).top_eigenvalue()
+        model.train_on_batch(*batch[:2])
+        result.append(float(rgd.chosen_epsilon) * top)
+    return np.array(result)
+
+
+def main():
+    """Print one row for each training run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--fractions", nargs="+", type=float, default=[0.5, 0.9])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print("| model | N | c | steps | eps M_x >= 1 | worst | median | least |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        for n in args.batch_sizes:
+            for c in args.fractions:
+                p = products(name, c, n, args.learning_rate, args.steps, args.seed)
+                print(
+                    f"| {name} | {n} | {c} | {len(p)} | {np.mean(p >= 1):.1%} | {p.max():.2f} "
+                    f"| {np.median(p):.2f} | {p.min():.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

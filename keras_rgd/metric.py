@@ -1,0 +1,124 @@
+"""The diffusion metric g = I + eps D, Eq. (6) of the paper, its inverses and their distance."""
+
+import numpy as np
+import scipy.linalg
+import tensorflow as tf
+
+from keras_rgd import epsilon as epsilon_rules
+from keras_rgd import vectors
+from keras_rgd.epsilon import Spectrum
+
+
+class DiffusionMetric:
+    """The diffusion metric g = I + eps D, Eq. (6) of the paper.
+
+    Args:
+        diffusion_matrix: D, a `DiffusionMatrix` outside a graph.
+        epsilon: eps, a float with 0 <= eps * lambda_max < 1; or a rule of `keras_rgd.epsilon`,
+            applied to D along the batch's gradient.
+
+    Raises:
+        ValueError: eps * lambda_max is not in [0, 1).
+    """
+
+    def __init__(self, diffusion_matrix, epsilon):
+        self.diffusion_matrix = diffusion_matrix
+        if isinstance(epsilon, epsilon_rules.Rule):
+            gradient = diffusion_matrix.gradients.gradient
+            epsilon = choose_epsilon(diffusion_matrix, epsilon, gradient)
+        self.epsilon = float(epsilon)
+        top = diffusion_matrix.top_eigenvalue()
+        if not 0 <= self.epsilon * top < 1:
+            raise ValueError(
+                "`epsilon` must satisfy 0 <= epsilon * lambda_max < 1 (Eq. 6 of the paper), here "
+                f"epsilon < {1 / top:.6g}; for a fraction c of that bound write "
+                f"keras_rgd.epsilon.Fraction(c). Received: epsilon={epsilon}"
+            )
+
+    def apply(self, v):
+        """(I + eps D) v, for v a list of tensors shaped as the weights."""
+        return self._plus(v, self.epsilon)
+
+    def weak_inverse(self, v):
+        """(I - eps D) v, the inverse metric in the weak field: the direction of Eq. (10)."""
+        return self._plus(v, -self.epsilon)
+
+    def inverse(self, v):
+        """(I + eps D)^-1 v exactly, by the N x N system.
+
+        v - (eps/N) G^T H (I + eps K)^-1 H G v (Woodbury), solved in float64.
+        """
+        D = self.diffusion_matrix
+        v = D.vector(v)
+        n = D.n_examples
+        k = D.gradients.dot(v).numpy().astype(np.float64)
+        system = np.eye(n) + self.epsilon * D.centered_gram()
+        solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
+        weights = tf.constant(solution - solution.mean(), D.gradients.dtype)
+        return vectors.add(v, D.gradients.combine(weights), -self.epsilon / n)
+
+    def weak_field_error(self, v=None):
+        """How far the weak-field inverse is from the exact one.
+
+        Args:
+            v: a list of tensors shaped as the weights. Defaults to `None`.
+
+        Returns:
+            For `None` the operator norm ||(I + eps D)^-1 - (I - eps D)||, in [0, 1/2); for v the
+            norm of that difference applied to v, over |(I + eps D)^-1 v|.
+        """
+        D = self.diffusion_matrix
+        if v is None:
+            return weak_field_error(D.eigenvalues(), self.epsilon)
+        spectrum = _spectrum(D, v)
+        return float(spectrum.weak_field_error(tf.constant(self.epsilon, tf.float64)))
+
+    def _plus(self, v, factor):
+        D = self.diffusion_matrix
+        v = D.vector(v)
+        return vectors.add(v, D.matvec(v), factor)
+
+
+def weak_field_error(eigenvalues, epsilon):
+    """Distance between the exact inverse metric and its weak-field form.
+
+    ||(I + eps D)^-1 - (I - eps D)||_2 = max_k (eps lam_k)^2 / (1 + eps lam_k), after Eq. (6).
+
+    Args:
+        eigenvalues: eigenvalues of D, shape (r,), in squared-gradient units.
+        epsilon: the metric's parameter, 0 <= epsilon * max(eigenvalues) < 1.
+
+    Returns:
+        A float in [0, 1/2).
+    """
+    t = epsilon * np.asarray(eigenvalues)
+    return float(np.max(t**2 / (1 + t)))
+
+
+def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
+    """Eps by `rule` for the exact spectrum of D along v, a float.
+
+    Args:
+        diffusion_matrix: a `DiffusionMatrix` outside a graph.
+        rule: a rule of `keras_rgd.epsilon`.
+        v: a list of tensors shaped as the weights.
+        iteration: number of steps taken, for a schedule.
+    """
+    spectrum = _spectrum(diffusion_matrix, v)
+    return float(spectrum.in_true_units(rule(spectrum, iteration)))
+
+
+def _spectrum(diffusion_matrix, v):
+    """The exact `Spectrum` of D along v, in float64."""
+    eigenvalues = diffusion_matrix.eigenvalues()
+    top = eigenvalues[0]
+    unit = np.sqrt(top) if top > 0 else 1.0
+    norm = float(vectors.norm(v))
+    weights = (diffusion_matrix.example_coordinates(v) / (norm if norm > 0 else 1.0)) ** 2
+    rest = max(1 - weights.sum(), 0)
+    return Spectrum(
+        lambda_max=tf.constant(top / unit**2, tf.float64),
+        nodes=tf.constant(np.append(eigenvalues / unit**2, 0), tf.float64),
+        weights=tf.constant(np.append(weights, rest), tf.float64),
+        unit=tf.constant(unit, tf.float64),
+    )
