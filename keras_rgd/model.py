@@ -20,24 +20,11 @@ class RGDMixin:
     """
 
     def train_step(self, data):
-        """One step along (I - eps D) v, Eq. (10); other optimizers get their plain step.
-
-        Raises:
-            ValueError: more than one replica: each would have a D of its own.
-        """
+        """One step along (I - eps D) v, Eq. (10); other optimizers get their plain step."""
         optimizer = inner_rgd(self.optimizer)
         if optimizer is None:
             return super().train_step(data)
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "RGD with per-example gradients runs on one replica: the D of a batch that is "
-                "split over several is not the mean of their D's. "
-                f"Received: {tf.distribute.get_strategy().num_replicas_in_sync} replicas. Train "
-                "outside the strategy's scope."
-            )
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if not self.trainable_variables:
-            raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
         scale = self.optimizer.scale_loss(tf.ones([], self.trainable_variables[0].dtype))
         gradients = self._step_state.way(x, y, sample_weight, scale)
         direction = optimizer.direction(gradients)
@@ -87,54 +74,100 @@ class RGDMixin:
             state.hidden = before
 
     def make_train_function(self, force=False):
-        """As the parent's; with "vectorized_map" the first batch is checked to be exact."""
+        """As the parent's; with RGD the first batch builds all that a traced step must not build.
+
+        Raises:
+            ValueError: more than one replica: each would have a D of its own.
+        """
         if self.train_function is not None and not force:
             return
-        optimizer = inner_rgd(self.optimizer)
         self._step_state = None
-        if optimizer is not None:
-            if not self.optimizer.built:
-                # Variables made while tracing would have the step traced twice.
-                self.optimizer.build(self.trainable_variables)
-            way = per_example.make_way(
-                self,
-                optimizer.per_example,
-                training=True,
-                chunk_size=optimizer.chunk_size,
-                compiled=bool(self.jit_compile),
-            )
-            self._step_state = _StepState(way)
         super().make_train_function(force)
-        if optimizer is not None and optimizer.per_example == "vectorized_map":
-            self.train_function = self._checking_first(self.train_function)
+        if inner_rgd(self.optimizer) is None:
+            return
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                "RGD with per-example gradients runs on one replica: the D of a batch that is "
+                "split over several is not the mean of their D's. "
+                f"Received: {replicas} replicas. Train outside the strategy's scope."
+            )
+        self._step_state = _StepState()
+        self.train_function = self._preparing(self.train_function)
 
-    def _checking_first(self, train_function):
-        """`train_function`, but the first batches with two examples are checked before it runs."""
-        checked = False
+    def _preparing(self, train_function):
+        """`train_function`, with what must happen on real data before its first steps."""
+        rgd, state = inner_rgd(self.optimizer), self._step_state
 
-        def checked_train_function(iterator):
-            nonlocal checked
-            if checked:
-                return train_function(iterator)
-            batches = list(itertools.islice(iterator, self.steps_per_execution))
-            if not batches:
-                raise StopIteration
-            for data in batches:
-                x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-                per_example.check_batch(
-                    self, x, y, sample_weight, training=True, compiled=bool(self.jit_compile)
-                )
-                checked = checked or keras.tree.flatten(x)[0].shape[0] > 1
-            return train_function(iter(batches))
+        def prepared_train_function(iterator):
+            if state.way is None and hasattr(iterator, "element_spec"):
+                self._prepare_step(iterator.element_spec)
+            if state.way is None or (rgd.per_example == "vectorized_map" and not state.checked):
+                batches = list(itertools.islice(iterator, self.steps_per_execution))
+                if not batches:
+                    raise StopIteration
+                if state.way is None:
+                    self._prepare_step(batches[0])
+                if rgd.per_example == "vectorized_map":
+                    self._check_batches(batches)
+                iterator = iter(batches)
+            return train_function(iterator)
 
-        return checked_train_function
+        return prepared_train_function
+
+    def _prepare_step(self, data):
+        """Build the model, its loss and the optimizer for data of this kind; choose the way.
+
+        A layer built inside a compiled step has given wrong numbers, and any variable made there
+        has the step traced twice.
+        """
+        self._symbolic_build(data_batch=keras.tree.map_structure(_symbolic, data))
+        if not self.trainable_variables:
+            raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
+        rgd = inner_rgd(self.optimizer)
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        self._step_state.way = per_example.make_way(
+            self,
+            rgd.per_example,
+            training=True,
+            chunk_size=rgd.chunk_size,
+            compiled=bool(self.jit_compile),
+        )
+
+    def _check_batches(self, batches):
+        for data in batches:
+            data = keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            x, y, sample_weight = keras.tree.map_structure(_tensor, (x, y, sample_weight))
+            per_example.check_batch(
+                self, x, y, sample_weight, training=True, compiled=bool(self.jit_compile)
+            )
+            # One example alone cannot show that examples mix.
+            self._step_state.checked |= keras.tree.flatten(x)[0].shape[0] > 1
+
+
+def _symbolic(leaf):
+    if _absent(leaf):
+        return None
+    return keras.KerasTensor(tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype))
+
+
+def _tensor(leaf):
+    return None if leaf is None else tf.convert_to_tensor(leaf)
+
+
+def _absent(leaf):
+    # Keras passes a missing target or weight through tf.data as an empty optional.
+    return leaf is None or isinstance(leaf, tf.experimental.Optional | tf.OptionalSpec)
 
 
 class _StepState:
     """What a training step needs and no saved model should hold; Keras does not track it."""
 
-    def __init__(self, way):
-        self.way = way
+    def __init__(self):
+        self.way = None
+        self.checked = False
         self.hidden = False
         self.metrics = [
             keras.metrics.Mean(name="step_epsilon"),
