@@ -71,7 +71,7 @@ class DiffusionMetric:
         if v is None:
             return weak_field_error(D.eigenvalues(), self.epsilon)
         spectrum = _spectrum(D, v)
-        return float(spectrum.weak_field_error(tf.constant(self.epsilon, tf.float64)))
+        return float(spectrum.weak_field_error(self.epsilon * spectrum.unit**2))
 
     def _plus(self, v, factor):
         D = self.diffusion_matrix
