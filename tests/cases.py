@@ -1,0 +1,561 @@
+"""The models of the layer matrix: one small model, its data and its loss for each kind of layer."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import layers as L
+
+import keras_rgd
+
+N = 6  # examples
+T = 4  # timesteps
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model that RGD trains, on one batch."""
+
+    name: str
+    row: str  # of the table in README.md
+    build: Callable  # () -> an uncompiled model
+    data: Callable  # numpy Generator -> (x, y)
+    loss: object = "mse"  # names or makers of losses, structured as the outputs
+    loss_shape: object = ()  # of each loss's values, behind the batch axis
+    loss_weights: object = None
+    sample_weight: Callable | None = None  # numpy Generator -> weights
+    class_weight: dict | None = None
+    random: bool = False  # layers draw random numbers
+    refusable: str | None = None  # the class that vectorized_map may refuse, by this name
+
+    def __str__(self):
+        return self.name
+
+    def batch(self):
+        """(x, y, sample_weight) in float32, the same each time; class weights included."""
+        rng = np.random.default_rng(1)
+        x, y = self.data(rng)
+        weights = None if self.sample_weight is None else self.sample_weight(rng)
+        if self.class_weight is not None:
+            weights = np.array([self.class_weight[int(c)] for c in y])
+        return x, y, weights
+
+    def model(self):
+        """The built, uncompiled model; the same weights each time, none of them 0."""
+        keras.utils.set_random_seed(7)
+        model = self.build()
+        rng = np.random.default_rng(2)
+        if not model.built or not model.weights:
+            model(keras.tree.map_structure(lambda a: a[:1], self.batch()[0]))
+        for w in model.trainable_variables:
+            w.assign(w.numpy() + 0.2 * rng.normal(size=w.shape).astype("float32"))
+        return model
+
+    def compile(self, model, optimizer, **kwargs):
+        loss = keras.tree.map_structure(lambda f: f() if callable(f) else f, self.loss)
+        model.compile(optimizer, loss=loss, loss_weights=self.loss_weights, **kwargs)
+        return model
+
+
+def normal(*shape):
+    return lambda rng: rng.normal(size=(N, *shape)).astype("float32")
+
+
+def integers(high, *shape):
+    return lambda rng: rng.integers(1, high, size=(N, *shape)).astype("int32")
+
+
+def padded_integers(rng):
+    """Sequences of 1..9 with 0 to fill, of unlike lengths."""
+    x = rng.integers(1, 10, size=(N, T)).astype("int32")
+    for i in range(N):
+        x[i, 1 + i % T :] = 0
+    return x
+
+
+def xy(x, y):
+    return lambda rng: (x(rng), y(rng))
+
+
+def classes(rng):
+    return rng.integers(0, 3, size=(N,)).astype("int32")
+
+
+def positive(*shape):
+    return lambda rng: rng.uniform(0.2, 2.0, size=(N, *shape)).astype("float32")
+
+
+def sequential(shape, *stack, dtype=None):
+    """A builder of an RGDSequential; the layers are made anew by each entry of `stack`."""
+
+    def build():
+        return keras_rgd.RGDSequential(
+            [keras.Input(shape, dtype=dtype), *(make() for make in stack)]
+        )
+
+    return build
+
+
+def layer(cls, *args, **kwargs):
+    return lambda: cls(*args, **kwargs)
+
+
+# Losses are made when compiled: they take the floatx of that moment.
+CROSSENTROPY = functools.partial(keras.losses.SparseCategoricalCrossentropy, from_logits=True)
+BINARY = functools.partial(keras.losses.BinaryCrossentropy, from_logits=True)
+HEAD = layer(L.Dense, 3)
+FLAT = layer(L.Flatten)
+MEAN1D = layer(L.GlobalAveragePooling1D)
+TANH = layer(L.Dense, 4, activation="tanh")
+
+
+def _classifier(name, row, shape, *stack, **kwargs):
+    return Case(
+        name,
+        row,
+        sequential(shape, *stack, HEAD),
+        xy(normal(*shape), classes),
+        loss=CROSSENTROPY,
+        **kwargs,
+    )
+
+
+def _attention():
+    x = keras.Input((T, 4))
+    h = L.MultiHeadAttention(2, 3)(x, x) + x
+    y = L.Dense(3)(L.GlobalAveragePooling1D()(L.LayerNormalization()(h)))
+    return keras_rgd.RGDModel(x, y)
+
+
+def _transformer():
+    tokens = keras.Input((T,), dtype="int32")
+    x = L.Embedding(10, 4, mask_zero=True)(tokens)
+    h = L.LayerNormalization()(x + L.MultiHeadAttention(2, 2, dropout=0.3)(x, x))
+    h = L.LayerNormalization()(h + L.Dropout(0.3)(L.Dense(4)(L.Dense(5, activation="relu")(h))))
+    return keras_rgd.RGDModel(tokens, L.Dense(3)(h))
+
+
+def _shared():
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    tower = L.Dense(4, activation="tanh")
+    return keras_rgd.RGDModel([a, b], L.Dense(2)(L.concatenate([tower(a), tower(b)])))
+
+
+def _nested():
+    inner = keras.Sequential([keras.Input((4,)), L.Dense(3, activation="tanh"), L.Dense(4)])
+    x = keras.Input((4,))
+    return keras_rgd.RGDModel(x, L.Dense(2)(inner(L.Dense(4, activation="tanh")(inner(x)))))
+
+
+def _two_by_two():
+    a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
+    h = L.Dense(4, activation="tanh")(L.concatenate([a, b]))
+    return keras_rgd.RGDModel([a, b], [L.Dense(2, name="p")(h), L.Dense(3, name="q")(h)])
+
+
+def _dictionaries():
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((T, 2), name="b")}
+    steps = L.Dense(3, activation="tanh")(inputs["b"])
+    h = L.concatenate([inputs["a"], L.Flatten()(steps)])
+    outputs = {"p": L.Dense(1, name="p")(h), "q": L.Dense(2, name="q")(steps)}
+    return keras_rgd.RGDModel(inputs, outputs)
+
+
+def _unused_output():
+    x = keras.Input((3,))
+    h = L.Dense(4, activation="tanh", name="h")(x)
+    return keras_rgd.RGDModel(x, [L.Dense(2, name="p")(h), L.Dense(3, name="q")(h)])
+
+
+def _frozen():
+    model = sequential((5,), layer(L.Dense, 4, activation="tanh"), TANH, HEAD)()
+    model.layers[1].trainable = False
+    return model
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class AddsLoss(L.Layer):
+    """Adds a loss of its output, which has nothing to do with sample weights."""
+
+    def call(self, x):
+        self.add_loss(0.3 * keras.ops.mean(keras.ops.square(x)))
+        return x
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class MixesExamples(L.Layer):
+    """Subtracts the batch's mean: the output of an example depends on the others."""
+
+    def call(self, x):
+        return x - keras.ops.mean(x, axis=0, keepdims=True)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(keras_rgd.RGDMixin, keras.Model):
+    """A subclassed model with the mixin."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = L.Dense(4, activation="tanh")
+        self.head = L.Dense(3)
+
+    def call(self, x):
+        return self.head(self.hidden(x))
+
+
+class OwnLoss(keras_rgd.RGDModel):
+    """A `compute_loss` of its own, linear in the sample weights."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        values = keras.ops.sum(keras.ops.square(keras.ops.subtract(y, y_pred)), axis=-1)
+        if sample_weight is not None:
+            values = values * sample_weight
+        return keras.ops.mean(values) + 0.1 * keras.ops.sum(keras.ops.square(self.weights[0]))
+
+
+def _own_loss():
+    x = keras.Input((4,))
+    return OwnLoss(x, L.Dense(2)(L.Dense(3, activation="tanh")(x)))
+
+
+def _dense(name, row, **kwargs):
+    return _classifier(name, row, (5,), TANH, **kwargs)
+
+
+def _recurrent(name, row, *stack, **kwargs):
+    kwargs.setdefault("refusable", row)
+    return _classifier(name, row, (T, 3), *stack, **kwargs)
+
+
+CASES = [
+    _dense("dense", "Dense"),
+    Case(
+        "dense_regression",
+        "Dense",
+        sequential((5,), layer(L.Dense, 4, activation="gelu"), layer(L.Dense, 2)),
+        xy(normal(5), normal(2)),
+    ),
+    Case(
+        "einsum_dense_prelu",
+        "EinsumDense, PReLU",
+        sequential(
+            (T, 3),
+            layer(L.EinsumDense, "abc,cd->abd", (T, 4), bias_axes="d"),
+            layer(L.PReLU, shared_axes=[1]),
+            FLAT,
+            HEAD,
+        ),
+        xy(normal(T, 3), classes),
+        loss=CROSSENTROPY,
+    ),
+    _classifier("conv1d", "Conv1D", (7, 2), layer(L.Conv1D, 3, 3, activation="tanh"), MEAN1D),
+    _classifier(
+        "conv2d",
+        "Conv2D",
+        (6, 6, 2),
+        layer(L.Conv2D, 3, 3, strides=2, padding="same", activation="tanh"),
+        FLAT,
+    ),
+    _classifier("conv3d", "Conv3D", (4, 4, 4, 1), layer(L.Conv3D, 2, 2, activation="tanh"), FLAT),
+    _classifier(
+        "depthwise_conv1d",
+        "DepthwiseConv1D",
+        (6, 2),
+        layer(L.DepthwiseConv1D, 3, activation="tanh"),
+        FLAT,
+        refusable="DepthwiseConv1D",
+    ),
+    _classifier(
+        "depthwise_conv2d",
+        "DepthwiseConv2D",
+        (5, 5, 2),
+        layer(L.DepthwiseConv2D, 3, activation="tanh"),
+        FLAT,
+        refusable="DepthwiseConv2D",
+    ),
+    _classifier(
+        "separable_conv1d",
+        "SeparableConv1D",
+        (6, 2),
+        layer(L.SeparableConv1D, 3, 3, activation="tanh"),
+        FLAT,
+        refusable="SeparableConv1D",
+    ),
+    _classifier(
+        "separable_conv2d",
+        "SeparableConv2D",
+        (5, 5, 2),
+        layer(L.SeparableConv2D, 3, 3, activation="tanh"),
+        FLAT,
+        refusable="SeparableConv2D",
+    ),
+    _classifier(
+        "conv1d_transpose",
+        "Conv1DTranspose",
+        (4, 2),
+        layer(L.Conv1DTranspose, 3, 3, strides=2, activation="tanh"),
+        FLAT,
+        refusable="Conv1DTranspose",
+    ),
+    _classifier(
+        "conv2d_transpose",
+        "Conv2DTranspose",
+        (3, 3, 2),
+        layer(L.Conv2DTranspose, 2, 3, strides=2, activation="tanh"),
+        FLAT,
+        refusable="Conv2DTranspose",
+    ),
+    _classifier(
+        "conv3d_transpose",
+        "Conv3DTranspose",
+        (2, 2, 2, 2),
+        layer(L.Conv3DTranspose, 2, 2, activation="tanh"),
+        FLAT,
+        refusable="Conv3DTranspose",
+    ),
+    _classifier(
+        "pooling",
+        "MaxPooling2D, AveragePooling2D, UpSampling2D",
+        (8, 8, 1),
+        layer(L.Conv2D, 2, 3, padding="same", activation="tanh"),
+        layer(L.MaxPooling2D),
+        layer(L.Conv2D, 2, 3, padding="same", activation="relu"),
+        layer(L.AveragePooling2D, 2),
+        layer(L.UpSampling2D),
+        layer(L.GlobalMaxPooling2D),
+        refusable="MaxPooling2D",
+    ),
+    _classifier(
+        "batch_normalization",
+        "BatchNormalization (training)",
+        (5,),
+        layer(L.Dense, 4),
+        layer(L.BatchNormalization),
+        layer(L.Activation, "tanh"),
+        refusable="BatchNormalization",
+    ),
+    _classifier(
+        "batch_normalization_conv",
+        "BatchNormalization (training)",
+        (6, 6, 1),
+        layer(L.Conv2D, 3, 3, use_bias=False),
+        layer(L.BatchNormalization),
+        layer(L.Activation, "relu"),
+        layer(L.GlobalAveragePooling2D),
+        refusable="BatchNormalization",
+    ),
+    _classifier(
+        "layer_normalization",
+        "LayerNormalization",
+        (5,),
+        layer(L.Dense, 4),
+        layer(L.LayerNormalization),
+        layer(L.Activation, "tanh"),
+    ),
+    _classifier(
+        "group_normalization",
+        "GroupNormalization",
+        (4, 4, 2),
+        layer(L.Conv2D, 4, 3),
+        layer(L.GroupNormalization, groups=2),
+        layer(L.Activation, "tanh"),
+        FLAT,
+    ),
+    _classifier(
+        "dropout",
+        "Dropout",
+        (5,),
+        layer(L.Dense, 8, activation="tanh"),
+        layer(L.Dropout, 0.5),
+        random=True,
+        refusable="Dropout",
+    ),
+    _classifier(
+        "spatial_dropout",
+        "SpatialDropout2D, GaussianNoise",
+        (5, 5, 1),
+        layer(L.GaussianNoise, 0.5),
+        layer(L.Conv2D, 4, 3, activation="tanh"),
+        layer(L.SpatialDropout2D, 0.5),
+        FLAT,
+        random=True,
+        refusable="GaussianNoise",
+    ),
+    Case(
+        "embedding",
+        "Embedding",
+        sequential((T,), layer(L.Embedding, 10, 3), FLAT, HEAD, dtype="int32"),
+        xy(integers(10, T), classes),
+        loss=CROSSENTROPY,
+    ),
+    Case(
+        "embedding_mask_lstm",
+        "Embedding(mask_zero=True), LSTM",
+        sequential(
+            (T,), layer(L.Embedding, 10, 3, mask_zero=True), layer(L.LSTM, 3), HEAD, dtype="int32"
+        ),
+        xy(padded_integers, classes),
+        loss=CROSSENTROPY,
+        refusable="LSTM",
+    ),
+    Case(
+        "embedding_mask_loss",
+        "Embedding(mask_zero=True), masked loss over time",
+        sequential((T,), layer(L.Embedding, 10, 3, mask_zero=True), TANH, HEAD, dtype="int32"),
+        xy(padded_integers, integers(3, T)),
+        loss=CROSSENTROPY,
+        loss_shape=(T,),
+    ),
+    Case(
+        "multi_head_attention",
+        "MultiHeadAttention",
+        _attention,
+        xy(normal(T, 4), classes),
+        loss=CROSSENTROPY,
+        refusable="MultiHeadAttention",
+    ),
+    Case(
+        "transformer",
+        "MultiHeadAttention with masks and Dropout",
+        _transformer,
+        xy(padded_integers, integers(3, T)),
+        loss=CROSSENTROPY,
+        loss_shape=(T,),
+        random=True,
+        refusable="Dropout",
+    ),
+    _recurrent("simple_rnn", "SimpleRNN", layer(L.SimpleRNN, 3)),
+    _recurrent("lstm", "LSTM", layer(L.LSTM, 3)),
+    _recurrent("gru", "GRU", layer(L.GRU, 3)),
+    _recurrent(
+        "lstm_unrolled", "LSTM(unroll=True)", layer(L.LSTM, 3, unroll=True), refusable="LSTM"
+    ),
+    _recurrent(
+        "lstm_dropout",
+        "LSTM with dropout",
+        layer(L.LSTM, 3, dropout=0.3, recurrent_dropout=0.3),
+        random=True,
+        refusable="LSTM",
+    ),
+    _recurrent(
+        "bidirectional",
+        "Bidirectional(GRU)",
+        lambda: L.Bidirectional(L.GRU(2, return_sequences=True)),
+        MEAN1D,
+        refusable="GRU",
+    ),
+    _classifier(
+        "time_distributed",
+        "TimeDistributed",
+        (T, 3),
+        lambda: L.TimeDistributed(L.Dense(3, activation="tanh")),
+        MEAN1D,
+        refusable="TimeDistributed",
+    ),
+    Case(
+        "shared_layer",
+        "shared layers",
+        _shared,
+        lambda rng: ([normal(3)(rng), normal(3)(rng)], normal(2)(rng)),
+    ),
+    Case("nested_model", "nested models", _nested, xy(normal(4), normal(2))),
+    Case(
+        "two_inputs_two_outputs",
+        "several inputs and outputs, `loss_weights`",
+        _two_by_two,
+        lambda rng: ([normal(3)(rng), normal(2)(rng)], [normal(2)(rng), classes(rng)]),
+        loss=["mse", CROSSENTROPY],
+        loss_weights=[0.3, 2.0],
+        loss_shape=[(), ()],
+        sample_weight=lambda rng: [positive()(rng), positive()(rng)],
+    ),
+    Case(
+        "dictionaries",
+        "several inputs and outputs, `loss_weights`",
+        _dictionaries,
+        lambda rng: (
+            {"a": normal(3)(rng), "b": normal(T, 2)(rng)},
+            {"p": rng.integers(0, 2, (N, 1)).astype("float32"), "q": normal(T, 2)(rng)},
+        ),
+        loss={"p": BINARY, "q": "mae"},
+        loss_weights={"p": 0.5, "q": 3.0},
+        loss_shape={"p": (), "q": (T,)},
+    ),
+    _dense("sample_weight", "`sample_weight`, `class_weight`", sample_weight=positive()),
+    _dense(
+        "class_weight", "`sample_weight`, `class_weight`", class_weight={0: 0.3, 1: 1.0, 2: 4.0}
+    ),
+    _classifier("add_loss", "`add_loss`", (5,), TANH, layer(AddsLoss)),
+    _classifier(
+        "regularizers",
+        "regularizers, activity regularizers",
+        (5,),
+        layer(L.Dense, 4, activation="tanh", kernel_regularizer="l2", bias_regularizer="l1"),
+    ),
+    _classifier(
+        "activity_regularizer",
+        "regularizers, activity regularizers",
+        (5,),
+        lambda: L.Dense(4, activation="tanh", activity_regularizer=keras.regularizers.L2(0.3)),
+    ),
+    Case("frozen_layer", "frozen layers", _frozen, xy(normal(5), classes), loss=CROSSENTROPY),
+    Case(
+        "loss_over_time",
+        "losses over time (N, T)",
+        sequential((T, 3), TANH, HEAD),
+        xy(normal(T, 3), normal(T, 3)),
+        loss_shape=(T,),
+    ),
+    Case(
+        "loss_over_time_n_is_t",
+        "losses over time (N, T)",
+        sequential((N, 3), TANH, HEAD),
+        xy(normal(N, 3), normal(N, 3)),
+        loss_shape=(N,),
+    ),
+    Case(
+        "weights_over_time",
+        "losses over time (N, T)",
+        sequential((T, 3), TANH, HEAD),
+        xy(normal(T, 3), normal(T, 3)),
+        loss_shape=(T,),
+        sample_weight=positive(T),
+    ),
+    Case(
+        "weighted_examples_over_time",
+        "losses over time (N, T)",
+        sequential((T, 3), TANH, HEAD),
+        xy(normal(T, 3), normal(T, 3)),
+        loss_shape=(T,),
+        sample_weight=positive(1),
+    ),
+    Case(
+        "loss_over_pixels",
+        "losses over time (N, T)",
+        sequential(
+            (4, 4, 1), layer(L.Conv2D, 3, 3, padding="same", activation="tanh"), layer(L.Dense, 1)
+        ),
+        xy(normal(4, 4, 1), lambda rng: rng.integers(0, 2, (N, 4, 4, 1)).astype("float32")),
+        loss=functools.partial(BINARY, reduction="sum"),
+        loss_shape=(4, 4),
+    ),
+    Case(
+        "subclassed",
+        "subclassed models",
+        Subclassed,
+        xy(normal(5), classes),
+        loss=CROSSENTROPY,
+    ),
+    Case(
+        "own_compute_loss",
+        "a `compute_loss` of one's own",
+        _own_loss,
+        xy(normal(4), normal(2)),
+        loss=None,
+        refusable="OwnLoss",
+    ),
+]
+
+BY_NAME = {case.name: case for case in CASES}

@@ -1,0 +1,30 @@
+"""Fixtures: every test starts from the same seeds and in float32."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras  # noqa: E402
+import pytest  # noqa: E402
+import steps  # noqa: E402
+
+# The whole layer matrix, not yet run to its end: remove this line to run it.
+collect_ignore = ["test_model.py"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    keras.utils.set_random_seed(0)
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    keras.backend.clear_session()
+
+
+@pytest.fixture
+def float64():
+    """The test runs under `keras.config.set_floatx("float64")`."""
+    with steps.floatx("float64"):
+        yield
