@@ -133,7 +133,7 @@ class DiffusionMatrix:
         unit = image.unit
         mass = tf.square(image.size / unit)
         if self.gradients.gram_is_cheap:
-            k = self._centered_gram(unit)
+            k = self._centered_gram(unit, self.gradients.mean())
             lambda_max = bounds.trace_power_bound(k)
             nodes, weights = bounds.lanczos_measure(k, image.examples, mass)
         else:
@@ -172,8 +172,9 @@ class DiffusionMatrix:
     def _root_n(self):
         return tf.sqrt(tf.cast(self.n_examples, self.gradients.dtype))
 
-    def _centered_gram(self, unit=1.0):
-        k = self.gradients.gram(self.gradients.mean(), unit)
+    def _centered_gram(self, unit, mean):
+        """K in the unit unit**2, from gradients with their mean taken off before the products."""
+        k = self.gradients.gram(mean, unit)
         k -= tf.reduce_mean(k, 0, keepdims=True)
         k -= tf.reduce_mean(k, 1, keepdims=True)
         return k / tf.cast(self.n_examples, k.dtype)
@@ -283,7 +284,16 @@ class DiffusionMatrix:
     def _spectral(self):
         """(eigenvalues descending, their eigenvectors of K in columns, K), numpy float64."""
         if self._eigen is None:
-            k = self._centered_gram().numpy().astype(np.float64)
+            mean = self.gradients.mean()
+            # The squares of huge or tiny gradients leave the range of float32.
+            size = vectors.norm(mean)
+            unit = tf.where(size > 0, size, tf.ones_like(size))
+            k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
+            if not np.all(np.isfinite(k)):
+                raise ValueError(
+                    "The gradients of this batch are not finite (NaN or infinite), so D has no "
+                    "spectrum. Has the training diverged? Expected finite weights and data."
+                )
             # Centred again in float64: (1, ..., 1) is an exact null vector, so rank <= N - 1.
             k -= k.mean(0, keepdims=True)
             k -= k.mean(1, keepdims=True)

@@ -196,7 +196,9 @@ def get(epsilon):
         epsilon = keras.saving.deserialize_keras_object(epsilon)
     if isinstance(epsilon, Rule):
         return epsilon
-    if isinstance(epsilon, float | keras.optimizers.schedules.LearningRateSchedule):
+    if isinstance(epsilon, keras.optimizers.schedules.LearningRateSchedule):
+        return Fraction(epsilon)
+    if isinstance(epsilon, float) and 0 < epsilon < 1:
         return Fraction(epsilon)
     raise ValueError(
         "`epsilon` must be a float in (0, 1), the fraction of 1/M_x; a keras "

@@ -89,7 +89,11 @@ class RGD(keras.optimizers.Optimizer):
             **kwargs,
         )
         if not isinstance(momentum, float | int) or not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` must be a float in [0, 1]. Received: momentum={momentum}")
+            raise ValueError(
+                f"`momentum` must be a float in [0, 1]. Received: momentum={momentum!r}"
+            )
+        if not isinstance(nesterov, bool):
+            raise ValueError(f"`nesterov` must be True or False. Received: nesterov={nesterov!r}")
         per_example_gradients.check_way(per_example, chunk_size)
         self.epsilon = epsilon_rules.get(epsilon)
         self.momentum = float(momentum)

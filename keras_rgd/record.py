@@ -8,6 +8,9 @@ import pathlib
 
 import numpy as np
 
+# The first entry of a file names what it is and its version.
+_KEY, _VERSION = "keras_rgd_records", 1
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiffusionRecord:
@@ -60,9 +63,9 @@ def save_records(records, path):
     """
     path = pathlib.Path(path)
     rows = [{k: _plain(v) for k, v in vars(record).items()} for record in records]
+    text = json.dumps({_KEY: _VERSION, "records": rows}, allow_nan=False, indent=1)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump({"keras_rgd_records": 1, "records": rows}, file, allow_nan=False, indent=1)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -76,18 +79,24 @@ def load_records(path):
         A list of `DiffusionRecord`.
 
     Raises:
-        ValueError: the file holds no records.
+        ValueError: the file holds no records, or records of another version of this package.
     """
-    with open(path) as file:
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"Expected a file written by save_records. Received: {path}"
-            ) from error
-    if not isinstance(content, dict) or content.get("keras_rgd_records") != 1:
-        raise ValueError(f"Expected a file written by save_records. Received: {path}")
-    return [DiffusionRecord(**_revived(row)) for row in content["records"]]
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        version = content[_KEY]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"Expected a file written by save_records. Received: {path}") from error
+    if version != _VERSION:
+        raise ValueError(
+            f"Expected records of version {_VERSION}. Received: version {version} in {path}, "
+            "written by another version of keras_rgd."
+        )
+    try:
+        return [DiffusionRecord(**_revived(row)) for row in content["records"]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"Expected records with the fields of DiffusionRecord. Received: {path}: {error}"
+        ) from error
 
 
 def _plain(value):
@@ -98,7 +107,7 @@ def _plain(value):
 
 
 def _revived(row):
-    types = {f.name: f.type for f in dataclasses.fields(DiffusionRecord)}
-    revived = {k: math.nan if v is None and types[k] is float else v for k, v in row.items()}
+    floats = {f.name for f in dataclasses.fields(DiffusionRecord) if f.type is float}
+    revived = {k: math.nan if v is None and k in floats else v for k, v in row.items()}
     revived["eigenvalues"] = np.array(row["eigenvalues"], np.float64)
     return revived

@@ -8,8 +8,6 @@ import keras  # noqa: E402
 import pytest  # noqa: E402
 import steps  # noqa: E402
 
-# The whole layer matrix, not yet run to its end: remove this line to run it.
-collect_ignore = ["test_model.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -104,13 +104,13 @@ def _oracle(name, mode, dtype):
     x, y, sample_weight = case.batch()
     with floatx(dtype):
         case.compile(model, "sgd")
-        arguments = (model, *_cast((x, y, sample_weight), dtype), case.loss_shape)
+        arguments = (model, *cast((x, y, sample_weight), dtype), case.loss_shape)
         if case.random:
             return reference.compiled(*arguments, jit_compile=mode == "xla")
         return reference.eager(*arguments)
 
 
-def _cast(tree, dtype):
+def cast(tree, dtype):
     def cast(a):
         return a if a is None or a.dtype.kind != "f" else a.astype(dtype)
 

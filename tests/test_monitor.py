@@ -1,0 +1,374 @@
+"""DiffusionMonitor: every number against dense numpy, and a training that it does not disturb."""
+
+import csv
+import dataclasses
+import math
+import time
+
+import cases
+import keras
+import numpy as np
+import pytest
+import reference
+import steps
+import tensorflow as tf
+from cases import BY_NAME
+from keras import layers as L
+
+import keras_rgd
+from keras_rgd import DiffusionMonitor, monitor as monitor_module
+
+CROSSENTROPY = cases.CROSSENTROPY
+
+
+def fitted(case, optimizer, callbacks, epochs=2, model=None, **kwargs):
+    """(model, history) of a case trained on its own batch."""
+    model = steps.build(case) if model is None else model
+    x, y, weights = case.batch()
+    case.compile(model, optimizer, **kwargs)
+    history = model.fit(x, y, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+    return model, history.history
+
+
+def dense_now(case, model, training=False):
+    """`reference.Dense` of the case's batch at the model's weights, in float64."""
+    twin = steps.build(case, "float64")
+    for a, b in zip(twin.variables, model.variables, strict=True):
+        a.assign(b.numpy())
+    with steps.floatx("float64"):
+        case.compile(twin, "sgd")
+        arguments = steps.cast(case.batch(), "float64")
+        return reference.eager(twin, *arguments, case.loss_shape, training=training)
+
+
+def expected_record(dense, c):
+    """The fields that follow from dense D and v by their definitions, with eps = c / M_x."""
+    n, d = dense.G.shape
+    D, v = dense.D, dense.v
+    eigenvalues, E = np.linalg.eigh(D)
+    eigenvalues, E = np.maximum(eigenvalues[::-1], 0), E[:, ::-1]
+    M, eps32 = eigenvalues[0], np.finfo(np.float32).eps
+    cut = M * d * eps32
+    p = eigenvalues[eigenvalues > 0] / eigenvalues.sum()
+    epsilon = c / M
+    exact, weak = np.linalg.inv(np.eye(d) + epsilon * D), np.eye(d) - epsilon * D
+    squares = np.sum(dense.G**2, axis=1).mean()
+    mean_square = np.sum(dense.G.mean(0) ** 2)
+    signal = (n * mean_square - squares) / (n - 1)
+    return {
+        "examples": n,
+        "n_weights": d,
+        "lambda_max": M,
+        "trace": np.trace(D),
+        "rank": np.sum(eigenvalues > cut),
+        "rank_cut": cut,
+        "rank_gram": np.sum(eigenvalues > M * n * eps32),
+        "rank_gram_cut": M * n * eps32,
+        "rank_bound": n - 1,
+        "eigenvalue_mean": eigenvalues.mean(),
+        "eigenvalue_std": eigenvalues.std(),
+        "clipped_mean": np.maximum(eigenvalues, cut).mean(),
+        "clipped_std": np.maximum(eigenvalues, cut).std(),
+        "participation_ratio": np.trace(D) ** 2 / np.trace(D @ D),
+        "effective_rank": np.exp(-np.sum(p * np.log(p))),
+        "epsilon": epsilon,
+        "epsilon_lambda_max": c,
+        "weak_field_error": np.linalg.norm(exact - weak, 2),
+        "weak_field_error_gradient": dense.error_on_step(epsilon),
+        "descent_ratio": 1 - epsilon * v @ D @ v / (v @ v),
+        "cosine_top": abs(E[:, 0] @ v) / np.linalg.norm(v),
+        "gradient_norm": np.linalg.norm(v),
+        "noise_scale": n / (n - 1) * (squares - mean_square) / signal if signal > 0 else math.nan,
+    }
+
+
+# the numbers
+
+
+NAMES = ["dense", "conv2d", "depthwise_conv2d", "dropout", "batch_normalization", "regularizers",
+         "embedding_mask_loss", "lstm", "dictionaries"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_equal_dense_numpy(name):
+    case = BY_NAME[name]
+    x, y, _ = case.batch()
+    monitor = DiffusionMonitor((x, y), epsilon=0.3)
+    model, _ = fitted(case, keras.optimizers.Adam(0.01), [monitor])
+    record = monitor.records[-1]
+    dense = dense_now(case, model)
+    for field, value in expected_record(dense, 0.3).items():
+        assert getattr(record, field) == pytest.approx(value, rel=2e-4, nan_ok=True), field
+    M = dense.lambda_max
+    theirs = np.linalg.eigvalsh(dense.K)[::-1][: min(dense.G.shape)]
+    np.testing.assert_allclose(record.eigenvalues / M, theirs / M, atol=1e-6)
+    assert record.rank_gram <= record.rank_bound
+    assert (record.epoch, record.step, record.mode) == (1, 2, "evaluation")
+    assert math.isnan(record.step_epsilon)
+    assert record.rank_reason is None
+    assert record.seconds > 0
+
+
+def test_records_in_training_mode_are_of_the_batch_itself():
+    case = BY_NAME["batch_normalization"]
+    monitor = DiffusionMonitor(case.batch()[:2], training=True)
+    model, _ = fitted(case, "sgd", [monitor], epochs=1)
+    expected = expected_record(dense_now(case, model, training=True), 0.5)
+    record = monitor.records[0]
+    assert record.mode == "training"
+    for field in ("lambda_max", "trace", "cosine_top", "weak_field_error_gradient"):
+        assert getattr(record, field) == pytest.approx(expected[field], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "lstm"])
+@pytest.mark.parametrize("chunk_size", [1, 4, 50])
+def test_chunks_change_no_record(name, chunk_size):
+    case = BY_NAME[name]
+    monitors = [
+        DiffusionMonitor(case.batch()[:2], chunk_size=size) for size in (None, chunk_size)
+    ]
+    fitted(case, "sgd", monitors)
+    for whole, parts in zip(*(m.records for m in monitors), strict=True):
+        for field in dataclasses.fields(whole):
+            if field.type is float and field.name != "seconds":
+                received = getattr(parts, field.name)
+                assert received == pytest.approx(
+                    getattr(whole, field.name), rel=1e-3, nan_ok=True
+                ), field.name
+
+
+def test_with_rgd_the_rule_is_the_optimizers_and_the_steps_are_averaged():
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2], epsilon=0.1)
+    optimizer = keras_rgd.RGD(0.01, keras_rgd.epsilon.WeakField(0.02))
+    seen = []
+    spy = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(optimizer.chosen_epsilon))
+    )
+    model = steps.build(case)
+    x, y, _ = case.batch()
+    case.compile(model, optimizer)
+    model.fit(x, y, batch_size=2, epochs=1, verbose=0, callbacks=[spy, monitor])
+    record = monitor.records[0]
+    error = dense_now(case, model).error_on_step(record.epsilon)
+    assert error == pytest.approx(0.02, rel=1e-3) or record.epsilon_lambda_max > 0.99
+    assert record.weak_field_error_gradient == pytest.approx(error, rel=1e-3)
+    assert len(seen) == 3
+    assert record.step_epsilon == pytest.approx(np.mean(seen), rel=1e-5)
+
+
+def test_overlap_compares_the_top_eigenspaces_of_two_epochs():
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    spaces = []
+
+    class Keep(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            dense = dense_now(case, self.model)
+            spaces.append(np.linalg.eigh(dense.D)[1][:, ::-1][:, :5])
+
+    fitted(case, keras.optimizers.Adam(0.05), [Keep(), monitor], epochs=3)
+    received = [record.overlap for record in monitor.records]
+    assert math.isnan(received[0])
+    for i in (1, 2):
+        P, Q = (E @ E.T for E in spaces[i - 1 : i + 1])
+        assert received[i] == pytest.approx(np.trace(P @ Q) / 5, rel=1e-3)
+
+
+def test_the_reference_rank_is_none_with_its_reason_for_many_weights():
+    model = keras.Sequential([keras.Input((700,)), L.Dense(700), L.Dense(3)])
+    model.compile("sgd", CROSSENTROPY())
+    x = np.random.default_rng(0).normal(size=(3, 700)).astype("float32")
+    y = np.arange(3)
+    monitor = DiffusionMonitor((x, y))
+    history = model.fit(x, y, verbose=0, callbacks=[monitor]).history
+    record = monitor.records[0]
+    assert record.rank is None and math.isnan(record.rank_cut)
+    assert f"d = {model.count_params()}" in record.rank_reason
+    assert record.rank_gram == 2
+    assert math.isnan(history["rank"][0])
+
+
+def test_a_diverged_training_is_recorded_as_such():
+    """A callback must not end a training that Keras would carry on."""
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    _, history = fitted(case, keras.optimizers.SGD(float("inf")), [monitor])
+    assert len(monitor.records) == len(history["loss"]) == 2
+    record = monitor.records[-1]
+    assert np.all(np.isnan(record.eigenvalues)) and math.isnan(record.lambda_max)
+    assert record.rank is None and "not finite" in record.rank_reason
+
+
+# the data
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y, size):
+        super().__init__()
+        self.x, self.y, self.size = x, y, size
+
+    def __len__(self):
+        return -(-len(self.x) // self.size)
+
+    def __getitem__(self, i):
+        part = slice(i * self.size, (i + 1) * self.size)
+        return self.x[part], self.y[part]
+
+
+@pytest.mark.parametrize("kind", ["arrays", "lists", "dataset", "endless dataset", "pydataset"])
+def test_data_may_have_any_form_that_fit_takes(kind):
+    case = BY_NAME["dense"]
+    x, y, _ = case.batch()
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    data = {
+        "arrays": (x, y),
+        "lists": [x.tolist(), y.tolist()],
+        "dataset": dataset,
+        "endless dataset": dataset.repeat(),
+        "pydataset": Batches(x, y, 4),
+    }[kind]
+    monitor = DiffusionMonitor(data, examples=5)
+    plain = DiffusionMonitor((x[:5], y[:5]))
+    fitted(case, "sgd", [monitor, plain], epochs=1)
+    assert monitor.records[0].examples == 5
+    np.testing.assert_allclose(
+        monitor.records[0].eigenvalues, plain.records[0].eigenvalues, rtol=1e-5, atol=1e-8
+    )
+
+
+def test_at_most_the_examples_asked_for_are_used():
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2], examples=4)
+    more = DiffusionMonitor(case.batch()[:2], examples=400)
+    fitted(case, "sgd", [monitor, more], epochs=1)
+    assert monitor.records[0].examples == 4
+    assert more.records[0].examples == cases.N
+
+
+def test_sample_weights_belong_to_the_data():
+    case = BY_NAME["sample_weight"]
+    x, y, weights = case.batch()
+    monitor = DiffusionMonitor((x, y, weights))
+    model, _ = fitted(case, "sgd", [monitor], epochs=1)
+    dense = dense_now(case, model)
+    assert monitor.records[0].lambda_max == pytest.approx(dense.lambda_max, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, received",
+    [
+        ({"data": 3}, "Received: int"),
+        ({"data": iter([])}, "Received: list_iterator"),
+        ({"data": np.ones((4, 5))}, "Received: ndarray"),
+        ({"examples": 0}, "examples=0"),
+        ({"chunk_size": -1}, "chunk_size=-1"),
+        ({"per_example": "x"}, "per_example='x'"),
+        ({"epsilon": 2.0}, "epsilon=2.0"),
+        ({"data": tf.data.Dataset.range(0)}, "no examples"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments, received):
+    with pytest.raises(ValueError) as error:
+        DiffusionMonitor(**({"data": (np.ones((4, 5)), np.ones(4))} | arguments))
+    assert received in str(error.value)
+
+
+def test_unequal_lengths_are_named():
+    case = BY_NAME["dense"]
+    x, y, _ = case.batch()
+    with pytest.raises(ValueError, match="same positive length .* Received: lengths"):
+        fitted(case, "sgd", [DiffusionMonitor((x[:4], y[:3]))])
+
+
+# beside the training
+
+
+LOGGED = {
+    "rank", "rank_gram", "lambda_max", "epsilon", "weak_field_error", "weak_field_error_gradient",
+}
+
+
+def test_its_main_numbers_reach_the_callbacks_behind_it(tmp_path):
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    stop = keras.callbacks.EarlyStopping(monitor="lambda_max", mode="min", baseline=0.0, patience=2)
+    _, history = fitted(case, "sgd", [monitor, table, stop], epochs=5, metrics=["accuracy"])
+    assert set(history) == LOGGED | {"loss", "accuracy"}
+    assert history["lambda_max"] == [record.lambda_max for record in monitor.records]
+    assert len(monitor.records) == 2  # EarlyStopping saw that lambda_max stays above 0
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["lambda_max"]) for row in rows] == pytest.approx(history["lambda_max"])
+
+
+@pytest.mark.parametrize("name", ["dropout", "batch_normalization", "lstm_dropout"])
+@pytest.mark.parametrize("training", [False, True])
+def test_measuring_changes_nothing_in_the_training(name, training):
+    case = BY_NAME[name]
+    x, y, _ = case.batch()
+    results = []
+    for monitored in (False, True):
+        model = steps.build(case)
+        callbacks = [DiffusionMonitor((x, y), training=training)] if monitored else []
+        case.compile(model, keras.optimizers.Adam(0.01), metrics=["accuracy"])
+        keras.utils.set_random_seed(5)
+        history = model.fit(
+            x, y, batch_size=4, epochs=3, verbose=0, validation_data=(x, y), callbacks=callbacks
+        ).history
+        kept = {k: v for k, v in history.items() if k not in LOGGED}
+        results.append((kept, [v.numpy() for v in model.variables + model.optimizer.variables]))
+    assert results[0][0] == results[1][0]
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_records_go_on_over_several_fits_and_frozen_layers():
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    model, _ = fitted(case, "sgd", [monitor], epochs=1)
+    model.layers[0].trainable = False
+    fitted(case, "sgd", [monitor], epochs=2, model=model)
+    assert [record.epoch for record in monitor.records] == [0, 0, 1]
+    assert [record.n_weights for record in monitor.records] == [39, 15, 15]
+    assert math.isnan(monitor.records[1].overlap)
+
+
+def test_records_are_saved_and_loaded(tmp_path):
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    fitted(case, "sgd", [monitor])
+    monitor.save(tmp_path / "records.json")
+    for loaded in (
+        DiffusionMonitor.load(tmp_path / "records.json"),
+        keras_rgd.load_records(tmp_path / "records.json"),
+    ):
+        assert [r.lambda_max for r in loaded] == [r.lambda_max for r in monitor.records]
+
+
+@pytest.mark.parametrize("seconds, shown", [(1.5, True), (0.0, False)])
+def test_a_measurement_of_more_than_a_second_says_that_it_runs(seconds, shown, monkeypatch, capsys):
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    fitted(case, "sgd", [monitor], epochs=1)  # nothing is left to be traced
+    measure = monitor_module.Measurement.__call__
+
+    def slow(self, *args, **kwargs):
+        time.sleep(seconds)
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(monitor_module.Measurement, "__call__", slow)
+    capsys.readouterr()
+    with monitor._showing_progress():
+        time.sleep(seconds)
+    received = capsys.readouterr()
+    assert (f"measuring D on {cases.N} examples" in received.out + received.err) is shown
+
+
+def test_a_quiet_monitor_prints_nothing(capsys):
+    monitor = DiffusionMonitor(BY_NAME["dense"].batch()[:2], verbose=False)
+    with monitor._showing_progress():
+        time.sleep(1.5)
+    received = capsys.readouterr()
+    assert received.out == received.err == ""
