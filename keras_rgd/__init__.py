@@ -7,6 +7,7 @@ from keras_rgd.metric import DiffusionMetric
 from keras_rgd.model import RGDMixin, RGDModel, RGDSequential, to_rgd
 from keras_rgd.monitor import DiffusionMonitor
 from keras_rgd.optimizer import RGD
+from keras_rgd.per_example import PerExampleGradients, per_example_gradients
 from keras_rgd.record import DiffusionRecord, load_records, save_records
 from keras_rgd.summaries import plot_spectrum
 
@@ -18,12 +19,14 @@ __all__ = [
     "DiffusionMetric",
     "DiffusionMonitor",
     "DiffusionRecord",
+    "PerExampleGradients",
     "RGDMixin",
     "RGDModel",
     "RGDSequential",
     "diffusion_matrix",
     "epsilon",
     "load_records",
+    "per_example_gradients",
     "plot_spectrum",
     "save_records",
     "to_rgd",

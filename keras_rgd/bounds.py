@@ -117,10 +117,12 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
     """The largest eigenvalue of D from below, by Golub-Kahan bidiagonalisation of H G / sqrt(N).
 
     Starts from u, v and alpha with (H G)^T u = alpha sqrt(N) v, and goes on until one more step
-    raises the estimate by less than `growth`, relatively, or `max_steps` are taken.
+    raises the estimate by less than `growth`, relatively, or `max_steps` are taken. The u are kept
+    orthogonal, and what is rounding alone is no direction: the estimate stays from below also
+    where the Krylov space ends, with a few examples or weights.
 
     Args:
-        dot: the function from v to H G v / sqrt(N).
+        dot: the function from v to H G v / sqrt(N) and the length of the rounding in it.
         combine: the function from u to G^T H u / sqrt(N).
         alpha: the first diagonal entry, a scalar tensor.
         v: a list of tensors of norm 1.
@@ -137,23 +139,32 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
         lower = tf.linalg.diag(alphas) + tf.linalg.diag(betas[1:], k=-1)
         return trace_power_bound(lower @ tf.transpose(lower))
 
-    def go_on(step, _alphas, _betas, _u, _v, before, now):
+    def go_on(step, _alphas, _betas, _basis, _v, before, now):
         return tf.logical_and(step < limit, now > (1 + growth) * before)
 
-    def one_step(step, alphas, betas, u, v, _before, now):
-        r = dot(v) - alphas[step - 1] * u
+    def one_step(step, alphas, betas, basis, v, _before, now):
+        r, rounding = dot(v)
+        # Twice is enough. Rows not yet filled are zero.
+        for _ in range(2):
+            r -= tf.linalg.matvec(basis, tf.linalg.matvec(basis, r), transpose_a=True)
         beta = tf.norm(r)
+        beta = tf.where(beta > rounding, beta, tf.zeros_like(beta))
         u = tf.math.divide_no_nan(r, beta)
         image = vectors.add(combine(u), v, -beta)
         alpha = vectors.norm(image)
+        # Where the Krylov space ends, -0 v has no direction either.
+        alpha = tf.where(beta > 0, alpha, tf.zeros_like(alpha))
         v = [tf.math.divide_no_nan(x, alpha) for x in image]
         alphas = tf.tensor_scatter_nd_update(alphas, [[step]], [alpha])
         betas = tf.tensor_scatter_nd_update(betas, [[step]], [beta])
-        return step + 1, alphas, betas, u, v, now, top(alphas, betas)
+        basis = tf.tensor_scatter_nd_update(basis, [[step]], u[None])
+        return step + 1, alphas, betas, basis, v, now, top(alphas, betas)
 
     zeros = tf.zeros([max_steps], alpha.dtype)
     alphas = tf.tensor_scatter_nd_update(zeros, [[0]], [alpha])
-    start = (tf.constant(1), alphas, zeros, u, v, tf.zeros_like(alpha), tf.square(alpha))
+    basis = tf.concat([u[None], tf.zeros([max_steps - 1, tf.shape(u)[0]], u.dtype)], 0)
+    basis = tf.ensure_shape(basis, [max_steps, *u.shape])
+    start = (tf.constant(1), alphas, zeros, basis, v, tf.zeros_like(alpha), tf.square(alpha))
     return tf.while_loop(go_on, one_step, start)[-1]
 
 

@@ -99,18 +99,14 @@ class DiffusionMatrix:
     def image(self, v):
         """D v as an `Image`, for v a list of tensors shaped as the weights."""
         norm = vectors.norm(v)
-        k = self.gradients.dot([tf.math.divide_no_nan(x, norm) for x in v])
-        centred = k - tf.reduce_mean(k)
-        # Equal k differ by rounding alone; that is no variance.
-        noise = 32 * np.finfo(k.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.abs(k))
-        centred = tf.where(tf.reduce_max(tf.abs(centred)) > noise, centred, tf.zeros_like(k))
+        centred, _ = self._dot([tf.math.divide_no_nan(x, norm) for x in v])
         length = vectors.norm([centred])
         examples = tf.math.divide_no_nan(centred, length)
         pulled = self._combine(examples)
         alpha = vectors.norm(pulled)
         return Image(
             norm=norm,
-            size=length / self._root_n,
+            size=length,
             alpha=alpha,
             direction=[tf.math.divide_no_nan(x, alpha) for x in pulled],
             examples=examples,
@@ -148,7 +144,7 @@ class DiffusionMatrix:
         last = tf.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
         agree = tf.logical_and(last <= _AGREEMENT * own, own <= _AGREEMENT * last)
         top = bounds.golub_kahan_top(
-            dot=lambda v: self._dot(v) / unit,
+            dot=lambda v: [t / unit for t in self._dot(v)],
             combine=lambda u: vectors.scale(self._combine(u), 1 / unit),
             alpha=image.alpha / unit,
             v=image.direction,
@@ -160,13 +156,20 @@ class DiffusionMatrix:
         return tf.where(agree, tf.maximum(own, last), top)
 
     def _dot(self, v):
-        """H G v / sqrt(N)."""
+        """H G v / sqrt(N), and how long the rounding in it may be."""
         k = self.gradients.dot(v)
-        return (k - tf.reduce_mean(k)) / self._root_n
+        centred = k - tf.reduce_mean(k)
+        # Equal k differ by rounding alone; that is no variance.
+        noise = 32 * np.finfo(k.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.abs(k))
+        centred = tf.where(tf.reduce_max(tf.abs(centred)) > noise, centred, tf.zeros_like(k))
+        return centred / self._root_n, noise
 
     def _combine(self, u):
-        """G^T u / sqrt(N)."""
-        return vectors.scale(self.gradients.combine(u), 1 / self._root_n)
+        """G^T H u / sqrt(N)."""
+        # Without H the mean gradient would enter by the rounding in u.
+        return vectors.scale(
+            self.gradients.combine(u - tf.reduce_mean(u)), 1 / self._root_n
+        )
 
     @property
     def _root_n(self):
@@ -274,7 +277,7 @@ class DiffusionMatrix:
         """
 
         def matvec(x):
-            v = vectors.unflatten(np.ravel(x), self.gradients.weights)
+            v = vectors.unflatten(np.ravel(x), self.gradients.weights, self.gradients.dtype)
             return vectors.flatten(self.matvec(v)).astype(np.float64)
 
         return scipy.sparse.linalg.LinearOperator(
@@ -285,9 +288,7 @@ class DiffusionMatrix:
         """(eigenvalues descending, their eigenvectors of K in columns, K), numpy float64."""
         if self._eigen is None:
             mean = self.gradients.mean()
-            # The squares of huge or tiny gradients leave the range of float32.
-            size = vectors.norm(mean)
-            unit = tf.where(size > 0, size, tf.ones_like(size))
+            unit = self._unit(mean)
             k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
             if not np.all(np.isfinite(k)):
                 raise ValueError(
@@ -304,15 +305,26 @@ class DiffusionMatrix:
             self._eigen = descending, examples[:, ::-1][:, :count], k
         return self._eigen
 
+    def _unit(self, mean):
+        """A positive number of the order of the gradients, so that their squares stay in range."""
+        signs = tf.cast(1 - 2 * (tf.range(self.n_examples) % 2), self.gradients.dtype)
+        # The mean alone is nearly 0 at a minimum.
+        other = self.gradients.combine(signs / tf.cast(self.n_examples, signs.dtype))
+        size = tf.maximum(vectors.norm(mean), vectors.norm(other))
+        return tf.where(size > 0, size, tf.ones_like(size))
+
     def vector(self, v):
-        """V as a list of tensors of the weights' shapes and dtypes, checked."""
-        shapes = [tuple(np.shape(x)) for x in v]
+        """V as a list of tensors shaped as the weights, checked."""
         expected = [tuple(w.shape) for w in self.gradients.weights]
+        if not isinstance(v, list | tuple):
+            raise ValueError(
+                "A vector in weight space is a list of tensors shaped as the trainable weights, "
+                f"{expected}; for flat vectors use linear_operator(). Received: {type(v).__name__}"
+            )
+        shapes = [tuple(np.shape(x)) for x in v]
         if shapes != expected:
             raise ValueError(
                 "A vector in weight space is a list of tensors shaped as the trainable weights, "
                 f"{expected}. Received: shapes {shapes}"
             )
-        return [
-            tf.convert_to_tensor(x, w.dtype) for x, w in zip(v, self.gradients.weights, strict=True)
-        ]
+        return self.gradients.cast(v)

@@ -6,6 +6,7 @@ spectral measure of v. It works on tensors, in and out of a compiled step.
 
 import abc
 import dataclasses
+import numbers
 
 import keras
 import tensorflow as tf
@@ -198,7 +199,7 @@ def get(epsilon):
         return epsilon
     if isinstance(epsilon, keras.optimizers.schedules.LearningRateSchedule):
         return Fraction(epsilon)
-    if isinstance(epsilon, float) and 0 < epsilon < 1:
+    if isinstance(epsilon, numbers.Real) and 0 < epsilon < 1:
         return Fraction(epsilon)
     raise ValueError(
         "`epsilon` must be a float in (0, 1), the fraction of 1/M_x; a keras "

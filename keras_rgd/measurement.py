@@ -51,21 +51,29 @@ def diffusion_matrix(
 
 def as_batch(model, x, y=None, sample_weight=None):
     """(x, y, sample_weight) as tensors of the dtypes that `fit` would use, checked."""
-    if not getattr(model, "compiled", False):
+    ways.check_model(model)
+    check_lengths(x, y, sample_weight)
+    return keras.tree.map_structure(_tensor, (x, y, sample_weight))
+
+
+def check_lengths(x, y, sample_weight):
+    """Raise `ValueError` unless all arrays have the same positive length along axis 0."""
+    lengths = {}
+    for name, tree in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        leaves = [t for t in keras.tree.flatten(tree) if t is not None]
+        lengths[name] = sorted({_length(t) for t in leaves}, key=str)
+    distinct = {n for of_one in lengths.values() for n in of_one}
+    if len(distinct) != 1 or None in distinct or 0 in distinct:
+        given = ", ".join(f"{name} {ns}" for name, ns in lengths.items() if ns)
         raise ValueError(
-            f"Model '{model.name}' is not compiled, so it has no loss. Call "
-            "model.compile(optimizer, loss=...) first."
+            "Inputs, targets and sample weights must be arrays of the same positive length along "
+            f"axis 0 (batched, if they come from a data set). Received: lengths {given}"
         )
-    batch = keras.tree.map_structure(_tensor, (x, y, sample_weight))
-    lengths = {
-        t.shape[0] if t.shape.rank else None for t in keras.tree.flatten(batch) if t is not None
-    }
-    if len(lengths) != 1 or None in lengths or 0 in lengths:
-        raise ValueError(
-            "Inputs, targets and sample weights must have the same positive length along axis 0. "
-            f"Received: lengths {sorted(lengths, key=str)}"
-        )
-    return batch
+
+
+def _length(array):
+    shape = np.shape(array)
+    return int(shape[0]) if len(shape) else None
 
 
 def way_for(model, batch, training, per_example, chunk_size):

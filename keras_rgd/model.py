@@ -1,13 +1,19 @@
 """Models whose training step is RGD's: RGDModel, RGDSequential and a mixin for subclasses."""
 
 import contextlib
+import functools
 import itertools
+import os
 
 import keras
+import numpy as np
 import tensorflow as tf
+from keras.src.models.functional import Functional  # as in type(keras.Model(inputs, outputs))
 
-from keras_rgd import per_example, vectors
+from keras_rgd import per_example
 from keras_rgd.optimizer import RGD
+
+_SEEDS = "seed_generators.npz"
 
 
 class RGDMixin:
@@ -25,23 +31,23 @@ class RGDMixin:
         if optimizer is None:
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        scale = self.optimizer.scale_loss(tf.ones([], self.trainable_variables[0].dtype))
+        scale = self.optimizer.scale_loss(tf.ones([]))
         gradients = self._step_state.way(x, y, sample_weight, scale)
         direction = optimizer.direction(gradients)
         with optimizer.applying_direction():
             # The optimizer divides by the loss scale, and skips the step where this overflows.
-            scaled = vectors.scale(direction, scale)
-            self.optimizer.apply(scaled, self.trainable_variables)
-        self._update_metrics(optimizer, gradients)
-        return self.compute_metrics(x, y, gradients.y_pred, sample_weight=sample_weight)
-
-    def _update_metrics(self, optimizer, gradients):
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(gradients.loss, sample_weight=gradients.n_examples)
+            self.optimizer.apply(
+                [
+                    tf.cast(d * tf.cast(scale, d.dtype), v.dtype)
+                    for d, v in zip(direction, self.trainable_variables, strict=True)
+                ],
+                self.trainable_variables,
+            )
+        self._loss_tracker.update_state(gradients.loss, sample_weight=gradients.n_examples)
         epsilon, error = self._step_state.metrics
         epsilon.update_state(optimizer.chosen_epsilon)
         error.update_state(optimizer.step_weak_field_error)
+        return self.compute_metrics(x, y, gradients.y_pred, sample_weight=sample_weight)
 
     def test_step(self, data):
         """As the parent's; the metrics of the training steps are not shown."""
@@ -100,8 +106,9 @@ class RGDMixin:
         rgd, state = inner_rgd(self.optimizer), self._step_state
 
         def prepared_train_function(iterator):
-            if state.way is None and hasattr(iterator, "element_spec"):
-                self._prepare_step(iterator.element_spec)
+            spec = getattr(iterator, "element_spec", None)
+            if state.way is None and spec is not None:
+                self._prepare_step(spec)
             if state.way is None or (rgd.per_example == "vectorized_map" and not state.checked):
                 batches = list(itertools.islice(iterator, self.steps_per_execution))
                 if not batches:
@@ -110,7 +117,7 @@ class RGDMixin:
                     self._prepare_step(batches[0])
                 if rgd.per_example == "vectorized_map":
                     self._check_batches(batches)
-                iterator = iter(batches)
+                iterator = iter(batches) if spec is None else _iterator(batches, spec)
             return train_function(iterator)
 
         return prepared_train_function
@@ -136,15 +143,57 @@ class RGDMixin:
         )
 
     def _check_batches(self, batches):
+        compiled = bool(self.jit_compile)
         for data in batches:
             data = keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             x, y, sample_weight = keras.tree.map_structure(_tensor, (x, y, sample_weight))
-            per_example.check_batch(
-                self, x, y, sample_weight, training=True, compiled=bool(self.jit_compile)
-            )
+            per_example.check_batch(self, x, y, sample_weight, training=True, compiled=compiled)
             # One example alone cannot show that examples mix.
-            self._step_state.checked |= keras.tree.flatten(x)[0].shape[0] > 1
+            self._step_state.checked |= per_example.batch_size(x) > 1
+
+    def save_assets(self, path):
+        """Write where the random numbers of the layers stand, which Keras does not."""
+        states = {str(i): seed.state.numpy() for i, seed in enumerate(_seed_generators(self))}
+        np.savez(os.path.join(path, _SEEDS), **states)
+
+    def load_assets(self, path):
+        """Go on with the random numbers where `save_assets` found them."""
+        states = np.load(os.path.join(path, _SEEDS))
+        for i, seed in enumerate(_seed_generators(self)):
+            seed.state.assign(states[str(i)])
+
+
+def _seed_generators(model):
+    generators = [
+        value
+        for layer in model._flatten_layers()
+        for value in vars(layer).values()
+        if isinstance(value, keras.random.SeedGenerator)
+    ]
+    # A shared layer is met more than once.
+    return list(dict.fromkeys(generators))
+
+
+def _iterator(batches, spec):
+    """The batches from a tf.data iterator of `spec`, so that their step is traced as the others.
+
+    The batch size of a tensor is known when the step is traced, and Keras weights the loss of
+    each of several outputs by it where it is.
+    """
+
+    def relaxed(tensor, spec):
+        if isinstance(spec, tf.TensorSpec):
+            return tf.compat.v1.placeholder_with_default(tensor, spec.shape)
+        return tensor
+
+    datasets = [
+        tf.data.Dataset.from_tensors(batch).map(
+            lambda *batch: keras.tree.map_structure(relaxed, batch, tuple(spec))
+        )
+        for batch in batches
+    ]
+    return iter(functools.reduce(lambda a, b: a.concatenate(b), datasets))
 
 
 def _symbolic(leaf):
@@ -181,12 +230,34 @@ def inner_rgd(optimizer):
     return inner if isinstance(inner, RGD) else None
 
 
-# Neither class has an __init__: Keras then reloads it from .keras with class and optimizer.
-
-
 @keras.saving.register_keras_serializable(package="keras_rgd")
 class RGDModel(RGDMixin, keras.Model):
     """`keras.Model` whose training step is RGD's: `RGDModel(inputs, outputs)`, or subclass it."""
+
+    def __new__(cls, *args, **kwargs):
+        if cls is RGDModel and _is_functional(args, kwargs):
+            cls = RGDFunctional
+        return super().__new__(cls, *args, **kwargs)
+
+    # By these names of its arguments Keras sees that a functional model can be reloaded so.
+    def __init__(self, *args, **kwargs):
+        cls = type(self)
+        if _is_functional(args, kwargs) and not isinstance(self, Functional):
+            # Keras would exchange the base of every class above this one, `RGDModel` too, and no
+            # model with layers of its own could be a subclass of `RGDModel` any more.
+            cls.__bases__ = tuple(RGDFunctional if b is RGDModel else b for b in cls.__bases__)
+        super().__init__(*args, **kwargs)
+
+
+def _is_functional(args, kwargs):
+    given = [*args[:2], *(kwargs[name] for name in ("inputs", "outputs") if name in kwargs)]
+    leaves = keras.tree.flatten(given)
+    return len(given) == 2 and all(isinstance(t, keras.KerasTensor) for t in leaves)
+
+
+@keras.saving.register_keras_serializable(package="keras_rgd")
+class RGDFunctional(RGDModel, Functional):
+    """What `RGDModel(inputs, outputs)` makes, as `keras.Model(inputs, outputs)` a `Functional`."""
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")
@@ -200,27 +271,42 @@ def to_rgd(model):
     Compile the result; the weights are the same variables, so training one trains the other.
 
     Args:
-        model: a built functional or Sequential `keras.Model`, as those of `keras.applications`
-            or what `keras.models.clone_model` returns.
+        model: a functional or Sequential `keras.Model`, as those of `keras.applications` or what
+            `keras.models.clone_model` returns.
 
     Returns:
         An `RGDSequential` for a `keras.Sequential`, else an `RGDModel`.
 
     Raises:
-        ValueError: a subclassed model, whose class must take the mixin itself.
+        ValueError: a model of a class of one's own, which must take the mixin itself: what it
+            overrides would be lost.
     """
     if isinstance(model, RGDMixin):
         return model
-    if isinstance(model, keras.Sequential):
-        converted = RGDSequential(model.layers, name=model.name)
-        if model.built and not converted.built:
-            converted.build(model.input_shape)
-        return converted
-    if hasattr(model, "inputs") and model.inputs:
+    if type(model) is keras.Sequential:
+        layers = list(model.layers)
+        if model.built:
+            (inputs,) = model.inputs
+            shape, dtype = inputs.shape, inputs.dtype
+            layers.insert(
+                0,
+                keras.Input(
+                    batch_shape=shape, dtype=dtype, name=inputs.name, sparse=inputs.sparse
+                ),
+            )
+        converted = RGDSequential(layers, name=model.name)
+    elif type(model) is Functional:
         outputs = keras.tree.pack_sequence_as(model.output, keras.tree.flatten(model.output))
-        return RGDModel(model.input, outputs, name=model.name)
-    raise ValueError(
-        f"`{type(model).__name__}` is a subclassed model (or not built), so its layers cannot be "
-        "taken over. Expected a built functional or Sequential model. Write instead "
-        f"class {type(model).__name__}(keras_rgd.RGDMixin, keras.Model)."
-    )
+        converted = RGDModel(model.input, outputs, name=model.name)
+    else:
+        name = type(model).__name__
+        raise ValueError(
+            f"`{name}` is a class of its own, and what it overrides would be lost. Expected a "
+            "functional model or a keras.Sequential. Write instead\n"
+            f"    class {name}(keras_rgd.RGDMixin, {type(model).__bases__[0].__name__}): ...\n"
+            "or, for a functional model that overrides nothing,\n"
+            "    model = keras_rgd.RGDModel(model.inputs, model.outputs)"
+        )
+    # The policy decides whether `compile` scales the loss for half precision.
+    converted.dtype_policy = model.dtype_policy
+    return converted

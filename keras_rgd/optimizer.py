@@ -1,6 +1,7 @@
 """RGD: relativistic gradient descent, Eq. (10) of the paper, as a Keras optimizer."""
 
 import contextlib
+import numbers
 
 import keras
 import tensorflow as tf
@@ -18,8 +19,8 @@ weight was changed. Use a model that takes RGD steps:
     model = keras_rgd.to_rgd(model)             # an existing model, sharing its weights
     class MyModel(keras_rgd.RGDMixin, keras.Model): ...
 then compile and fit as before. In a training loop of your own:
-    direction = optimizer.direction(per_example_gradients)
-    optimizer.apply_direction(direction, model.trainable_variables)"""
+    gradients = keras_rgd.per_example_gradients(model, x, y)
+    optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")
@@ -88,19 +89,24 @@ class RGD(keras.optimizers.Optimizer):
             name=name,
             **kwargs,
         )
-        if not isinstance(momentum, float | int) or not 0 <= momentum <= 1:
+        if not isinstance(momentum, numbers.Real) or not 0 <= momentum <= 1:
             raise ValueError(
                 f"`momentum` must be a float in [0, 1]. Received: momentum={momentum!r}"
             )
         if not isinstance(nesterov, bool):
             raise ValueError(f"`nesterov` must be True or False. Received: nesterov={nesterov!r}")
         per_example_gradients.check_way(per_example, chunk_size)
-        self.epsilon = epsilon_rules.get(epsilon)
+        self._epsilon = epsilon_rules.get(epsilon)
         self.momentum = float(momentum)
         self.nesterov = nesterov
         self.per_example = per_example
         self.chunk_size = chunk_size
         self._applies_direction = False
+
+    @property
+    def epsilon(self):
+        """The rule for eps; fixed, as it is compiled into the step. For a change use a schedule."""
+        return self._epsilon
 
     def build(self, variables):
         """Create the state: momenta and the last step's scalars.
@@ -121,17 +127,27 @@ class RGD(keras.optimizers.Optimizer):
     def direction(self, gradients):
         """(I - eps D) v for one batch, Eq. (10), choosing and recording eps.
 
+        For training loops of one's own, with `apply_direction`; `fit` calls both.
+
         Sets `lambda_max` (M_x of this batch as the rule saw it: an upper bound with
         "vectorized_map", an estimate with a margin with "double_backward"), `chosen_epsilon`,
         `step_weak_field_error` (of the step, an upper bound with "double_backward") and
         `epsilon_cuts` (how often `Fixed` was cut below 1/M_x so far).
 
         Args:
-            gradients: the batch's `PerExampleGradients`.
+            gradients: what `keras_rgd.per_example_gradients` returns for the batch.
 
         Returns:
             A list of tensors shaped as the weights.
+
+        Raises:
+            ValueError: the optimizer is not built.
         """
+        if not self.built:
+            raise ValueError(
+                "The optimizer has no state yet. Call optimizer.build(model.trainable_variables) "
+                "before the first step."
+            )
         image = DiffusionMatrix(gradients).image(gradients.gradient)
         spectrum = DiffusionMatrix(gradients).spectrum_along(image, self.lambda_max.value)
         epsilon = self.epsilon(spectrum, self.iterations)

@@ -46,10 +46,14 @@ def flatten(a):
     return np.concatenate([np.reshape(x, -1) for x in a])
 
 
-def unflatten(vector, like):
-    """The list of tensors shaped and typed as `like` from a numpy vector of length d."""
+def unflatten(vector, like, dtype=None):
+    """The list of tensors shaped (and where `dtype` is `None` typed) as `like`.
+
+    From a numpy vector of length d.
+    """
     ends = np.cumsum([np.prod(w.shape, dtype=int) for w in like])
     parts = np.split(np.asarray(vector), ends[:-1])
     return [
-        tf.constant(np.reshape(p, w.shape), dtype=w.dtype) for p, w in zip(parts, like, strict=True)
+        tf.constant(np.reshape(p, w.shape), dtype or w.dtype)
+        for p, w in zip(parts, like, strict=True)
     ]

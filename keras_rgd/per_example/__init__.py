@@ -21,10 +21,13 @@ _CHUNK_BYTES = 2**30
 __all__ = [
     "WAYS",
     "PerExampleGradients",
+    "batch_size",
     "check_batch",
+    "check_model",
     "check_way",
     "make_way",
     "measuring_way",
+    "per_example_gradients",
 ]
 
 
@@ -42,6 +45,50 @@ def check_way(per_example, chunk_size=None):
         )
 
 
+def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True):
+    """The per-example gradients of one batch, for a training loop of one's own.
+
+    One forward pass as in training: seeds and moving statistics go on. It works eagerly and
+    inside a `tf.function`, and by "double_backward", so for any layer. To look at a model and
+    leave it as it is use `keras_rgd.diffusion_matrix`, whose `gradients` are of the same kind.
+
+    Args:
+        model: a compiled, built `keras.Model` of any class; its loss is used, not its optimizer.
+        x: inputs, axis 0 of length N; a nested structure of tensors for several inputs.
+        y: targets. Defaults to `None`.
+        sample_weight: the examples' weights in the loss. Defaults to `None`.
+        training: whether layers behave as in training. Defaults to `True`.
+
+    Returns:
+        A `PerExampleGradients`: `gradient`, `loss`, `y_pred` and the three operations `dot(v)`,
+        `combine(w)` and `gram()`; what `RGD.direction` and `DiffusionMatrix` take.
+
+    Raises:
+        ValueError: the model is not compiled or not built, or its loss is not a weighted sum over
+            the examples.
+    """
+    check_model(model)
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so it has no weights. Call it on data first."
+        )
+    x, y, sample_weight = keras.tree.map_structure(
+        lambda t: None if t is None else tf.convert_to_tensor(t), (x, y, sample_weight)
+    )
+    return DoubleBackward(model, x, y, sample_weight, training)
+
+
+def check_model(model):
+    """Raise `ValueError` unless the model is a compiled `keras.Model`."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a compiled keras.Model. Received: {type(model).__name__}")
+    if not model.compiled:
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, so it has no loss. Call "
+            "model.compile(optimizer, loss=...) first."
+        )
+
+
 def make_way(model, per_example, *, training, chunk_size=None, compiled=False):
     """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
 
@@ -52,17 +99,17 @@ def make_way(model, per_example, *, training, chunk_size=None, compiled=False):
         model: a compiled, built model.
         per_example: one of `WAYS`.
         training: whether layers behave as in training.
-        chunk_size: examples whose gradients "vectorized_map" holds at once.
+        chunk_size: examples whose gradients are held at once.
         compiled: whether the caller compiles what it traces with XLA.
     """
     if per_example in ("auto", "double_backward"):
-        return functools.partial(_double_backward, model, training)
+        return functools.partial(_double_backward, model, training, chunk_size)
     rows = lanes.rows_function(model, training, lanes.vectorized, compiled)
     return functools.partial(_lanes, model, training, chunk_size, rows, per_example)
 
 
-def _double_backward(model, training, x, y, sample_weight=None, loss_scale=1.0):
-    return DoubleBackward(model, x, y, sample_weight, training, loss_scale)
+def _double_backward(model, training, chunk_size, x, y, sample_weight=None, loss_scale=1.0):
+    return DoubleBackward(model, x, y, sample_weight, training, loss_scale, chunk_size)
 
 
 def _lanes(model, training, chunk_size, rows, way, x, y, sample_weight=None, loss_scale=1.0):
@@ -83,10 +130,7 @@ def check_batch(model, x, y, sample_weight, *, training, compiled=False):
 
 def _trial_error(model, x, y, sample_weight, training, compiled):
     """Run the lanes on two examples: why they cannot run, or None; they must be exact."""
-    batch = [
-        None if t is None else keras.tree.map_structure(lambda a: tf.convert_to_tensor(a)[:2], t)
-        for t in (x, y, sample_weight)
-    ]
+    batch = checks.first_examples((x, y, sample_weight), 2)
     way = make_way(model, "vectorized_map", training=training, compiled=compiled)
     received = []
 
@@ -115,8 +159,8 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
         sample_weight: its sample weights or `None`.
         training: whether layers behave as in training.
         per_example: one of `WAYS`.
-        chunk_size: examples whose gradients are held at once; not for "double_backward". Defaults
-            to `None`, as many as fit in 1 GiB.
+        chunk_size: examples whose gradients are held at once. Defaults to `None`, as many as fit
+            in 1 GiB.
 
     Raises:
         ValueError: "vectorized_map" is asked for and not exact or not possible.
@@ -127,13 +171,12 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
         way = _measuring_choice(model, x, y, sample_weight, training)
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
-    if way == "double_backward":
-        compiled = compiled_way(make_way(model, way, training=training))
-        return functools.partial(compiled, model)
     if chunk_size is None:
-        itemsize = model.trainable_variables[0].value.dtype.size
-        row = itemsize * vectors.size(model.trainable_variables)
-        chunk_size = max(1, _CHUNK_BYTES // row)
+        row = max(4, model.trainable_variables[0].value.dtype.size)
+        chunk_size = max(1, _CHUNK_BYTES // (row * vectors.size(model.trainable_variables)))
+    if way == "double_backward":
+        compiled = compiled_way(make_way(model, way, training=training, chunk_size=chunk_size))
+        return functools.partial(compiled, model)
     mapping = lanes.one_by_one if way == "one_by_one" else lanes.vectorized
     rows = lanes.rows_function(model, training, mapping)
 

@@ -1,7 +1,7 @@
 """Whether one example a lane is exact for a model: asked of the model, not of its layers' names.
 
-All of it runs eagerly on one batch and leaves every variable as it was: seed generators, moving
-statistics and metrics.
+All of it runs eagerly on one batch and leaves the model as it was: weights, seed generators, moving
+statistics, states and metrics.
 """
 
 import contextlib
@@ -14,6 +14,18 @@ from keras_rgd import vectors
 from keras_rgd.per_example import lanes
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+
+
+# NumPy's finfo does not know bfloat16.
+_EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
+
+# How many examples are looked at together for a layer that mixes them.
+_EXAMPLES = 32
+
+_ADVICE = (
+    "per_example='vectorized_map' runs the model on one example at a time and would not give "
+    "its per-example gradients. Write per_example='double_backward' (or 'auto') instead."
+)
 
 
 class NotExactError(ValueError):
@@ -40,19 +52,32 @@ def trial_fails(function, *arguments):
 
 @contextlib.contextmanager
 def unchanged(model):
-    """Whatever runs inside, the model's seeds, moving statistics and metrics end as they began."""
-    variables = _state(model)
-    before = [v.numpy() for v in variables]
+    """Whatever runs inside, the model's weights, states and metrics end as they began."""
+    # A tensor read from a variable is no copy; an assignment gives the variable a new one.
+    before = [(v, v.value.read_value()) for v in _state(model)]
     try:
         yield
     finally:
-        for variable, value in zip(variables, before, strict=True):
+        for variable, value in before:
             variable.assign(value)
 
 
 def _state(model):
-    metrics = [v for metric in model.metrics for v in metric.variables]
-    return model.non_trainable_variables + metrics
+    """All that a forward pass may change.
+
+    Seeds, moving statistics, kernels that SpectralNormalization assigns, metrics; and the states
+    of recurrent layers, which Keras does not list among a model's variables.
+    """
+    recurrent = [layer.states for layer in model._flatten_layers() if hasattr(layer, "states")]
+    states = [s for s in keras.tree.flatten(recurrent) if isinstance(s, keras.Variable)]
+    return model.variables + [v for m in model.metrics for v in m.variables] + states
+
+
+def first_examples(tree, n):
+    """The first n examples of a nested structure of tensors."""
+    return keras.tree.map_structure(
+        lambda t: None if t is None else tf.convert_to_tensor(t)[:n], tree
+    )
 
 
 def check_exact(model, x, y, sample_weight, training):
@@ -62,26 +87,27 @@ def check_exact(model, x, y, sample_weight, training):
         NotExactError: names the layer that draws random numbers or keeps a state, or whose output
             for one example depends on the other examples, or says that the loss does.
     """
-    advice = (
-        "per_example='vectorized_map' runs the model on one example at a time and would not give "
-        "its per-example gradients. Write per_example='double_backward' (or 'auto') instead."
-    )
+    if any(t is None for t in keras.tree.flatten(x)):
+        raise NotExactError(f"An input is None, which no example has a part of. {_ADVICE}")
+    if all(t.shape[0] is None for t in getattr(model, "inputs", None) or []):
+        # A model of a fixed batch size takes no other; for the rest a few examples will do.
+        x, y, sample_weight = first_examples((x, y, sample_weight), _EXAMPLES)
     changed = _layers_that_change_state(model, x, training)
     if changed:
         raise NotExactError(
             f"Layer {_names(changed)} draws random numbers or updates a state in each forward "
-            f"pass. {advice}"
+            f"pass. {_ADVICE}"
         )
     mixing = _layer_that_mixes(model, x, training)
     if mixing is not None:
         raise NotExactError(
             f"Layer {_names([mixing])} gives an example an output that depends on the other "
-            f"examples of the batch, or on random numbers. {advice}"
+            f"examples of the batch, or on random numbers. {_ADVICE}"
         )
     if _loss_mixes(model, x, y, sample_weight, training):
         raise NotExactError(
             f"The loss of one example depends on the outputs of other examples: loss={model.loss}."
-            f" {advice}"
+            f" {_ADVICE}"
         )
 
 
@@ -93,14 +119,16 @@ def check_gradient(model, x, y, sample_weight, training, received):
     """
     with unchanged(model):
         expected = DoubleBackward(model, x, y, sample_weight, training).gradient
-    error = vectors.norm(vectors.add(received, expected, -1.0))
-    if error > 10 * _tolerance(model) * vectors.norm(expected):
-        raise NotExactError(
-            f"`{type(model).__name__}` has a loss that does not reach the weights through the "
-            "model's output alone (a `compute_loss` of its own?): the mean of the per-example "
-            f"gradients is {float(error):.2g} away from the batch's gradient. Write "
-            "per_example='double_backward' (or 'auto') instead."
-        )
+    tolerance, whole = 10 * _tolerance(model), vectors.norm(expected)
+    for variable, a, b in zip(model.trainable_variables, received, expected, strict=True):
+        error, size = vectors.norm([a - b]), vectors.norm([b])
+        if error > tolerance * size + tolerance**2 * whole:
+            raise NotExactError(
+                f"`{type(model).__name__}` has a loss that does not reach the weights through the "
+                "model's output alone (a `compute_loss` of its own?): the mean of the per-example "
+                f"gradients of '{variable.path}' is {float(error):.2g} away from the batch's "
+                f"gradient, {float(size):.2g} long. {_ADVICE}"
+            )
 
 
 def not_vectorizable(model, x, training, compiled, error):
@@ -153,53 +181,90 @@ def _vectorizes(layer, arguments, compiled):
 
 
 def _layers_that_change_state(model, x, training):
-    variables = model.non_trainable_variables
+    variables = _state(model)
     before = [v.numpy() for v in variables]
     with unchanged(model):
         call_model(model, x, training)
         after = [v.numpy() for v in variables]
     changed = {
-        v.path for v, a, b in zip(variables, before, after, strict=True) if not np.array_equal(a, b)
+        id(v) for v, a, b in zip(variables, before, after, strict=True) if not np.array_equal(a, b)
     }
     owners = [
         layer
         for layer in model._flatten_layers(include_self=True)
-        if changed & {v.path for v in layer.non_trainable_variables}
+        if changed & {id(v) for v in _own_state(layer)}
     ]
     # A container holds its layers' variables too; the innermost owner is the one to name.
     return [a for a in owners if not any(b is not a and b in a._flatten_layers() for b in owners)]
 
 
+def _own_state(layer):
+    return layer.variables + keras.tree.flatten(getattr(layer, "states", []))
+
+
+def _halves(n):
+    """Sets of examples to keep while the others are replaced, as boolean arrays of shape (n,).
+
+    By the binary digits of their indices: for any two examples one of the 2 log2 n sets has the
+    one without the other, so no dependence between examples escapes.
+    """
+    index = np.arange(n)
+    for digit in range((n - 1).bit_length()):
+        kept = (index >> digit) % 2 == 0
+        yield from (kept, ~kept)
+
+
+def _replaced(tensor, kept, noise=0.0):
+    """`tensor` with the rows that are not kept taken from the next examples, and noise added."""
+    n = len(kept)
+    replaced = tf.gather(tensor, np.where(kept, np.arange(n), np.arange(1, n + 1) % n))
+    if not noise:
+        return replaced
+    size = tf.reduce_max(tf.abs(tensor))
+    size = noise * tf.where(size > 0, size, tf.ones_like(size))
+    draw = tf.random.stateless_normal(tf.shape(tensor), (0, 1), dtype=tensor.dtype)
+    return replaced + size * draw * tf.cast(_column(~kept, tensor), tensor.dtype)
+
+
+def _column(values, tensor):
+    return tf.reshape(values, [-1] + [1] * (tensor.shape.rank - 1))
+
+
 def _layer_that_mixes(model, x, training):
-    """The innermost layer whose output for example 0 changes with the other examples."""
-    if not isinstance(batch_size(x), int) or batch_size(x) < 2:
-        return None
-    alone = keras.tree.map_structure(lambda t: tf.repeat(t[:1], batch_size(x), 0), x)
-    together, apart = (_calls(model, batch, training) for batch in (x, alone))
-    for (layer, _, a), (_, _, b) in zip(together, apart, strict=False):
-        for s, t in zip(keras.tree.flatten(a), keras.tree.flatten(b), strict=True):
-            if _per_example(s, x) and _differ(s[0], t[0], _tolerance(model)):
-                return layer
+    """The innermost layer whose output for a kept example changes with the other examples."""
+    together = _calls(model, x, training)
+    for kept in _halves(batch_size(x)):
+        apart = _calls(
+            model, keras.tree.map_structure(lambda t, k=kept: _replaced(t, k), x), training
+        )
+        for (layer, _, a), (_, _, b) in zip(together, apart, strict=False):
+            for s, t in zip(keras.tree.flatten(a), keras.tree.flatten(b), strict=True):
+                if _per_example(s, x) and _differ(s[kept], t[kept], _tolerance(model)):
+                    return layer
     return None
 
 
 def _loss_mixes(model, x, y, sample_weight, training):
     n = batch_size(x)
-    if n < 2:
-        return False
     with unchanged(model):
         y_pred = call_model(model, x, training)
-        u = tf.ones([n], model.trainable_weights[0].value.dtype)
+        u = tf.ones([n], tf.float32)
         _, ours = example_losses(model, x, y, y_pred, sample_weight, u, training)
-        changed = keras.tree.map_structure(lambda t: _others_replaced(t, x), y_pred)
-        _, theirs = example_losses(model, x, y, changed, sample_weight, u, training)
-    return bool(_differ(ours[0], theirs[0], _tolerance(model)))
+        for kept in _halves(n):
+            changed = keras.tree.map_structure(lambda t, k=kept: _others_replaced(t, k, x), y_pred)
+            _, theirs = example_losses(model, x, y, changed, sample_weight, u, training)
+            if _differ(ours[kept], theirs[kept], _tolerance(model)):
+                return True
+    return False
 
 
-def _others_replaced(tensor, x):
+def _others_replaced(tensor, kept, x):
     if not _per_example(tensor, x):
         return tensor
-    replaced = tf.concat([tensor[:1], tf.reverse(tensor[1:] * 0.5, [0])], 0)
+    # The noise is for outputs that are all alike, as those of a head that starts at zero.
+    replaced = _replaced(tensor, kept, noise=0.1)
+    if hasattr(tensor, "_keras_logits"):
+        replaced._keras_logits = _replaced(tensor._keras_logits, kept, noise=0.1)
     mask = getattr(tensor, "_keras_mask", None)
     if mask is not None:
         replaced._keras_mask = mask
@@ -244,12 +309,8 @@ def _differ(a, b, tolerance):
 
 def _tolerance(model):
     # Rounding differs with the batch; mixing shows in the leading half of the digits.
-    return float(np.sqrt(float(np.finfo(_numpy_dtype(model)).eps)))
-
-
-def _numpy_dtype(model):
-    dtype = model.compute_dtype
-    return "float16" if dtype == "bfloat16" else dtype
+    dtypes = {keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()}
+    return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5
 
 
 def _names(layers):

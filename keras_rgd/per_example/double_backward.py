@@ -15,7 +15,8 @@ class DoubleBackward(PerExampleGradients):
     """k = N d/du <grad L(u), v> and sum_i w_i g_i = N grad <dL/du, w>, for one batch.
 
     Memory is that of two backward passes: nothing of size N x d. `gram` costs N backward passes
-    and, for that while, memory N d.
+    and, for that while, memory N d; or with `chunk_size` below N about twice the time, and no
+    more memory than the rest.
 
     Args:
         model: a compiled, built model.
@@ -25,6 +26,7 @@ class DoubleBackward(PerExampleGradients):
         training: whether layers behave as in training.
         loss_scale: factor that keeps half-precision gradients in range; it cancels from every
             result. Defaults to `1.0`.
+        chunk_size: how many examples' gradients `gram` may hold at once. Defaults to `None`, all.
 
     Raises:
         ValueError: where the loss has no per-example losses, or a layer has no second derivative.
@@ -33,10 +35,16 @@ class DoubleBackward(PerExampleGradients):
     way = "double_backward"
     gram_is_cheap = False
 
-    def __init__(self, model, x, y, sample_weight=None, training=True, loss_scale=1.0):
+    def __init__(
+        self, model, x, y, sample_weight=None, training=True, loss_scale=1.0, chunk_size=None
+    ):
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(x)
+        self._holds_all_rows = chunk_size is None or (
+            isinstance(self.n_examples, int) and chunk_size >= self.n_examples
+        )
         self._model = model
+        self._n = tf.cast(self.n_examples, self.dtype)
         self._scale = tf.cast(loss_scale, self.dtype)
         self._u = u = tf.ones([self.n_examples], self.dtype)
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as by_example:
@@ -48,17 +56,17 @@ class DoubleBackward(PerExampleGradients):
                 )
                 scaled_loss = tf.cast(self.loss, self.dtype) * self._scale
                 # f, scaled; its cotangents are the weights of `combine`.
-                n = tf.cast(self.n_examples, self.dtype)
-                self._scaled_losses = n * self._scale * tf.cast(derivatives, self.dtype)
+                self._scaled_losses = self._n * self._scale * tf.cast(derivatives, self.dtype)
             self._scaled_gradient = self._by_weight_gradient(by_weight, scaled_loss)
         self._by_weight, self._by_example = by_weight, by_example
         self.gradient = vectors.scale(self._scaled_gradient, 1 / self._scale)
 
     def _by_weight_gradient(self, tape, target, cotangent=None):
-        gradient = tape.gradient(
-            target, self.weights, cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        return self.cast(
+            tape.gradient(
+                target, self.weights, cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
         )
-        return [tf.convert_to_tensor(g) for g in gradient]
 
     def dot(self, v):
         try:
@@ -68,20 +76,34 @@ class DoubleBackward(PerExampleGradients):
                 output_gradients=v,
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
-        except LookupError as error:
+        except (LookupError, NotImplementedError) as error:
             raise ValueError(
                 "per_example='double_backward' needs the derivative of every layer's gradient, "
                 f"and one is missing: {error}. For a recurrent layer on a GPU pass "
-                "use_cudnn=False to it; else use per_example='vectorized_map'. Recurrent layers: "
+                "use_cudnn=False to it; else (as for layers under keras.remat) use "
+                "per_example='vectorized_map'. Recurrent layers: "
                 f"{[layer.name for layer in self._model.layers if hasattr(layer, 'use_cudnn')]}."
             ) from error
-        return tf.cast(self.n_examples, self.dtype) / self._scale * k
+        return self._n / self._scale * k
 
     def combine(self, w):
-        scaled = self._by_weight_gradient(self._by_weight, self._scaled_losses, w)
-        return vectors.scale(scaled, 1 / self._scale)
+        # Cotangents no larger than those of the batch's own loss: half precision overflows.
+        size = self._n * tf.reduce_max(tf.abs(w))
+        scaled = self._by_weight_gradient(
+            self._by_weight, self._scaled_losses, tf.math.divide_no_nan(w, size)
+        )
+        return vectors.scale(scaled, size / self._scale)
 
     def gram(self, center=None, unit=1.0):
-        return gram_of_rows(
-            self.combine_many(tf.eye(self.n_examples, dtype=self.dtype)), center, unit
-        )
+        if self._holds_all_rows:
+            rows = self.combine_many(tf.eye(self.n_examples, dtype=self.dtype))
+            return gram_of_rows(rows, center, unit)
+        center = [tf.zeros(w.shape, self.dtype) for w in self.weights] if center is None else center
+
+        def column(e):
+            """<(g_i - c) / unit, h> for h = (g_j - c) / unit; e is the unit vector of j."""
+            h = vectors.scale(vectors.add(self.combine(e), center, -1.0), 1 / unit)
+            return (self.dot(h) - vectors.inner(center, h)) / unit
+
+        # Symmetric, so its columns are its rows.
+        return tf.map_fn(column, tf.eye(self.n_examples, dtype=self.dtype))

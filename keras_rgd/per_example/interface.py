@@ -19,7 +19,7 @@ class PerExampleGradients(abc.ABC):
         weights: the model's trainable weights, a list of `tf.Variable`.
         loss: L(1), a scalar tensor.
         y_pred: what the model returned for the batch.
-        gradient: v = grad L(1), a list of tensors shaped as the weights.
+        gradient: v = grad L(1), a list of tensors shaped as the weights, of `dtype` as all others.
         gram_is_cheap: whether `gram` costs about what one pass over the examples costs,
             rather than N backward passes over the batch.
     """
@@ -29,8 +29,13 @@ class PerExampleGradients(abc.ABC):
 
     @property
     def dtype(self):
-        """The dtype of the weights and of everything formed from them."""
-        return self.weights[0].dtype
+        """The dtype of all that is formed: the widest of the weights', and at least float32."""
+        floating = [w.dtype for w in self.weights if w.dtype.is_floating]
+        return max((tf.float32, *floating), key=lambda dtype: dtype.size)
+
+    def cast(self, tensors):
+        """A list of tensors (or of a tape's sparse gradients) as a list of tensors of `dtype`."""
+        return [tf.cast(tf.convert_to_tensor(t), self.dtype) for t in tensors]
 
     @abc.abstractmethod
     def dot(self, v):
@@ -56,7 +61,7 @@ class PerExampleGradients(abc.ABC):
         return tf.map_fn(
             self.combine,
             w,
-            fn_output_signature=[tf.TensorSpec(v.shape, v.dtype) for v in self.weights],
+            fn_output_signature=[tf.TensorSpec(w.shape, self.dtype) for w in self.weights],
         )
 
     def mean(self):

@@ -1,8 +1,8 @@
 """Per-example gradients one example a lane: the whole model under `tf.vectorized_map`.
 
 The loss is taken once over the batch, so that f_i is the batch's own f_i; a lane runs the model
-on one example and pulls back the cotangent c_i = N d(sum_j dL/du_j)/dy_i of that example's
-output. That is grad f_i exactly where examples do not mix, in the model or in the loss, and where
+on one example and pulls back the cotangent d(sum_j dL/du_j)/dy_i of that example's output, and
+N times that is grad f_i, exactly where examples do not mix, in the model or in the loss, and where
 a forward pass draws nothing random; `checks` refuses the rest by name.
 """
 
@@ -51,6 +51,7 @@ class Lanes(PerExampleGradients):
         self.n_examples = batch_size(x)
         self._scale = tf.cast(loss_scale, self.dtype)
         self._rows_function = rows
+        self._n = tf.cast(self.n_examples, self.dtype)
         cotangents, r_gradient = self._batch_pass(model, x, y, sample_weight, training)
         self._chunk_size = chunk_size
         if chunk_size is None:
@@ -69,28 +70,24 @@ class Lanes(PerExampleGradients):
                 self.y_pred = call_model(model, x, training)
             if model.losses:  # known only after a forward pass; r then needs a recorded one
                 self.y_pred = call_model(model, x, training)
-            outputs = [t for t in keras.tree.flatten(self.y_pred) if t.dtype.is_floating]
+            outputs = what_losses_read(self.y_pred)
             tape.watch(outputs)
             self.loss, derivatives = example_losses(
                 model, x, y, self.y_pred, sample_weight, u, training
             )
-            n = tf.cast(self.n_examples, self.dtype)
-            f_sum = n * self._scale * tf.reduce_sum(tf.cast(derivatives, self.dtype))
-            r = tf.cast(self.loss, self.dtype) - tf.reduce_sum(tf.cast(derivatives, self.dtype))
+            f_mean = tf.reduce_sum(tf.cast(derivatives, self.dtype))
+            scaled = self._scale * f_mean
+            r = tf.cast(self.loss, self.dtype) - f_mean
         # Outputs without a loss get a cotangent of zeros.
-        cotangents = tape.gradient(
-            f_sum, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
+        zero = tf.UnconnectedGradients.ZERO
+        cotangents = tape.gradient(scaled, outputs, unconnected_gradients=zero)
         r_gradient = None
         if model.losses:
-            r_gradient = tape.gradient(
-                r, self.weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
-            )
-            r_gradient = [tf.convert_to_tensor(g) for g in r_gradient]
+            r_gradient = self.cast(tape.gradient(r, self.weights, unconnected_gradients=zero))
         return cotangents, r_gradient
 
     def _rows_of(self, chunk):
-        return [g / self._scale for g in self._rows_function(*chunk)]
+        return vectors.scale(self.cast(self._rows_function(*chunk)), self._n / self._scale)
 
     def dot(self, v):
         if self._chunk_size is None:
@@ -111,7 +108,7 @@ class Lanes(PerExampleGradients):
         return tf.foldl(
             lambda total, part: vectors.add(total, _combine(part[1], self._rows_of(part[0]))),
             (self._chunks, w),
-            initializer=[tf.zeros(v.shape, v.dtype) for v in self.weights],
+            initializer=[tf.zeros(w.shape, self.dtype) for w in self.weights],
         )
 
     def combine_many(self, w):
@@ -138,6 +135,15 @@ class Lanes(PerExampleGradients):
         n = tf.shape(blocks)[0] * self._chunk_size
         gram = tf.reshape(tf.transpose(blocks, [0, 2, 1, 3]), [n, n])
         return gram[: self.n_examples, : self.n_examples]
+
+
+def what_losses_read(y_pred):
+    """The tensors of a model's output that a loss may read, a flat list.
+
+    Keras lets a softmax or a sigmoid carry its logits, and its losses then read those instead.
+    """
+    outputs = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
+    return outputs + [t._keras_logits for t in outputs if hasattr(t, "_keras_logits")]
 
 
 def _dot(rows, v):
@@ -185,14 +191,12 @@ def rows_function(model, training, mapping, compiled=False):
         x, cotangents = example
         with tf.GradientTape() as tape:
             y = call_model(model, keras.tree.map_structure(lambda t: t[None], x), training)
-            outputs = [t for t in keras.tree.flatten(y) if t.dtype.is_floating]
-            pairs = zip(cotangents, outputs, strict=True)
-            products = [tf.cast(c * o[0], weights[0].dtype) for c, o in pairs]
-            projection = tf.add_n([tf.reduce_sum(p) for p in products])
+            outputs = [t[0] for t in what_losses_read(y)]
         gradient = tape.gradient(
-            projection, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            outputs, weights, cotangents, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
-        return [tf.convert_to_tensor(g) for g in gradient]
+        # The shape is lost where the batch's is not known.
+        return [tf.ensure_shape(g, w.shape) for g, w in zip(gradient, weights, strict=True)]
 
     signature = [tf.TensorSpec(w.shape, w.dtype) for w in weights]
     return mapping(lane, signature, compiled)

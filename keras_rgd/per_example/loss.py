@@ -12,7 +12,7 @@ import tensorflow as tf
 
 def batch_size(x):
     """N, from axis 0 of the first input: an int where it is known, else a scalar tensor."""
-    first = keras.tree.flatten(x)[0]
+    first = next(t for t in keras.tree.flatten(x) if t is not None)
     return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
 
 
@@ -135,25 +135,30 @@ def _loss_ranks(model, x, y, y_pred, training):
     if not model._compile_loss.built:
         return ranks  # a `compute_loss` of the user's own that never asks the compiled losses
     flat = model._compile_loss._flat_losses
-    for path, loss, _, _ in flat:
+    losses = [loss for _, loss, _, _ in flat]
+    calls = []
+    for loss in losses:
         _check_reduction(loss)
-        loss.call = _recording(loss, tuple(path), ranks)
+        loss.call = _recording(loss, calls)
     try:
         trace()
     finally:
-        for _, loss, _, _ in flat:
+        for loss in losses:
             loss.__dict__.pop("call", None)
+    # One loss object may serve several outputs, so it is the order of the calls that tells.
+    for path, loss, _, _ in flat:
+        first = next((i for i, (called, _) in enumerate(calls) if called is loss), None)
+        if first is not None:
+            path = tuple(path)
+            ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
     return ranks
 
 
-def _recording(loss, path, ranks):
-    # One loss object may serve several outputs; each wraps the class's own `call`.
-    call = type(loss).call
-
+def _recording(loss, calls):
     def recording_call(y_true, y_pred):
-        values = call(loss, y_true, y_pred)
+        values = type(loss).call(loss, y_true, y_pred)
         _check_values(loss, values)
-        ranks[path] = max(ranks.get(path, 0), len(values.shape))
+        calls.append((loss, len(values.shape)))
         return values
 
     return recording_call
@@ -161,8 +166,8 @@ def _recording(loss, path, ranks):
 
 def _tracer(model, x, y, y_pred, training):
     arguments = (x, y, y_pred)
-    flat = [None if t is None else tf.convert_to_tensor(t) for t in keras.tree.flatten(arguments)]
-    specs = [tf.TensorSpec(t.shape, t.dtype) for t in flat if t is not None]
+    flat = keras.tree.flatten(arguments)
+    specs = [tf.type_spec_from_value(t) for t in flat if t is not None]
 
     def compute(*tensors):
         tensors = iter(tensors)
