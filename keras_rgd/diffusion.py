@@ -52,6 +52,10 @@ class Image:
         return tf.where(self.alpha > 0, self.alpha, tf.ones_like(self.alpha))
 
 
+class NotFiniteError(ValueError):
+    """Gradients are NaN or infinite, so their D has no spectrum."""
+
+
 class DiffusionMatrix:
     """D of one batch as an operator, with its spectrum.
 
@@ -167,9 +171,7 @@ class DiffusionMatrix:
     def _combine(self, u):
         """G^T H u / sqrt(N)."""
         # Without H the mean gradient would enter by the rounding in u.
-        return vectors.scale(
-            self.gradients.combine(u - tf.reduce_mean(u)), 1 / self._root_n
-        )
+        return vectors.scale(self.gradients.combine(u - tf.reduce_mean(u)), 1 / self._root_n)
 
     @property
     def _root_n(self):
@@ -291,7 +293,7 @@ class DiffusionMatrix:
             unit = self._unit(mean)
             k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
             if not np.all(np.isfinite(k)):
-                raise ValueError(
+                raise NotFiniteError(
                     "The gradients of this batch are not finite (NaN or infinite), so D has no "
                     "spectrum. Has the training diverged? Expected finite weights and data."
                 )

@@ -1,5 +1,6 @@
 """Measuring D of a compiled model on a batch, outside training."""
 
+import dataclasses
 import math
 import time
 
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from keras_rgd import per_example as ways
 from keras_rgd import vectors
-from keras_rgd.diffusion import DiffusionMatrix
+from keras_rgd.diffusion import DiffusionMatrix, NotFiniteError
 from keras_rgd.metric import DiffusionMetric, choose_epsilon
 from keras_rgd.record import DiffusionRecord
 
@@ -114,6 +115,7 @@ class Measurement:
 
     def __init__(self, model, batch, training, per_example, chunk_size):
         self._batch = batch
+        self._weights = model.trainable_variables
         self._mode = "training" if training else "evaluation"
         self._way = way_for(model, batch, training, per_example, chunk_size)
         self._last_top = None
@@ -133,8 +135,12 @@ class Measurement:
         start = time.perf_counter()
         gradients = self._way(*self._batch)
         D = DiffusionMatrix(gradients)
-        values = _spectral_values(D) | _gradient_values(D, rule, step)
-        values["overlap"] = self._overlap(D, values["rank_gram"])
+        try:
+            values = _spectral_values(D) | _gradient_values(D, rule, step)
+            values["overlap"] = self._overlap(D, values["rank_gram"])
+        except NotFiniteError as error:
+            self._last_top = None
+            values = _undefined_values(D, error)
         return DiffusionRecord(
             epoch=epoch,
             step=step,
@@ -142,9 +148,17 @@ class Measurement:
             n_weights=D.n_weights,
             mode=self._mode,
             per_example=gradients.way,
+            rank_bound=D.n_examples - 1,
             step_epsilon=step_epsilon,
             seconds=time.perf_counter() - start,
             **values,
+        )
+
+    def is_of(self, model):
+        """Whether these are still the model's trainable weights."""
+        now = model.trainable_variables
+        return len(now) == len(self._weights) and all(
+            a is b for a, b in zip(now, self._weights, strict=True)
         )
 
     def _overlap(self, D, rank):
@@ -158,6 +172,18 @@ class Measurement:
             return math.nan
         k = min(len(last), len(self._last_top))
         return float(np.sum((self._last_top[:k] @ last[:k].T) ** 2) / k)
+
+
+def _undefined_values(D, error):
+    """The fields of a record of gradients that are not finite: training goes on, and so do we."""
+    values = {f.name: math.nan for f in dataclasses.fields(DiffusionRecord) if f.type is float}
+    del values["step_epsilon"], values["seconds"]
+    return values | {
+        "eigenvalues": np.full(min(D.shape[0], D.n_examples), math.nan),
+        "rank": None,
+        "rank_reason": str(error),
+        "rank_gram": 0,
+    }
 
 
 def _spectral_values(D):
@@ -183,7 +209,6 @@ def _spectral_values(D):
         "rank_cut": cut,
         "rank_gram": D.rank(gram_cut),
         "rank_gram_cut": gram_cut,
-        "rank_bound": D.n_examples - 1,
         "eigenvalue_mean": mean,
         "eigenvalue_std": std,
         "clipped_mean": clipped_mean,

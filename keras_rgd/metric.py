@@ -1,5 +1,8 @@
 """The diffusion metric g = I + eps D, Eq. (6) of the paper, its inverses and their distance."""
 
+import math
+import numbers
+
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
@@ -26,14 +29,15 @@ class DiffusionMetric:
         if isinstance(epsilon, epsilon_rules.Rule):
             gradient = diffusion_matrix.gradients.gradient
             epsilon = choose_epsilon(diffusion_matrix, epsilon, gradient)
-        self.epsilon = float(epsilon)
         top = diffusion_matrix.top_eigenvalue()
-        if not 0 <= self.epsilon * top < 1:
+        if not isinstance(epsilon, numbers.Real) or not 0 <= epsilon * top < 1:
+            largest = 1 / top if top > 0 else math.inf
             raise ValueError(
                 "`epsilon` must satisfy 0 <= epsilon * lambda_max < 1 (Eq. 6 of the paper), here "
-                f"epsilon < {1 / top:.6g}; for a fraction c of that bound write "
-                f"keras_rgd.epsilon.Fraction(c). Received: epsilon={epsilon}"
+                f"epsilon < {largest:.6g}; for a fraction c of that bound write "
+                f"keras_rgd.epsilon.Fraction(c). Received: epsilon={epsilon!r}"
             )
+        self.epsilon = float(epsilon)
 
     def apply(self, v):
         """(I + eps D) v, for v a list of tensors shaped as the weights."""

@@ -265,6 +265,10 @@ class RGDSequential(RGDMixin, keras.Sequential):
     """`keras.Sequential` whose training step is RGD's: `RGDSequential([...])`."""
 
 
+def _parent(model):
+    return "Sequential" if isinstance(model, keras.Sequential) else "Model"
+
+
 def to_rgd(model):
     """An existing functional or Sequential model as one that RGD trains, sharing its layers.
 
@@ -290,9 +294,7 @@ def to_rgd(model):
             shape, dtype = inputs.shape, inputs.dtype
             layers.insert(
                 0,
-                keras.Input(
-                    batch_shape=shape, dtype=dtype, name=inputs.name, sparse=inputs.sparse
-                ),
+                keras.Input(batch_shape=shape, dtype=dtype, name=inputs.name, sparse=inputs.sparse),
             )
         converted = RGDSequential(layers, name=model.name)
     elif type(model) is Functional:
@@ -303,7 +305,7 @@ def to_rgd(model):
         raise ValueError(
             f"`{name}` is a class of its own, and what it overrides would be lost. Expected a "
             "functional model or a keras.Sequential. Write instead\n"
-            f"    class {name}(keras_rgd.RGDMixin, {type(model).__bases__[0].__name__}): ...\n"
+            f"    class {name}(keras_rgd.RGDMixin, keras.{_parent(model)}): ...\n"
             "or, for a functional model that overrides nothing,\n"
             "    model = keras_rgd.RGDModel(model.inputs, model.outputs)"
         )

@@ -1,8 +1,8 @@
 """DiffusionMonitor: a Keras callback that records D after each epoch."""
 
 import contextlib
-import itertools
 import math
+import numbers
 import os
 import threading
 
@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import per_example as ways
 from keras_rgd import summaries
-from keras_rgd.measurement import Measurement, as_batch
+from keras_rgd.measurement import Measurement, as_batch, check_lengths
 from keras_rgd.model import inner_rgd
 from keras_rgd.record import load_records, save_records
 
@@ -39,7 +39,8 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     Args:
         data: the examples to measure on: a tuple `(x, y)` or `(x, y, sample_weight)` of arrays, a
-            batched `tf.data.Dataset`, or a `keras.utils.PyDataset`.
+            batched `tf.data.Dataset`, or a `keras.utils.PyDataset`. It is read once, here; a
+            dataset that shuffles should not be the one that `fit` gets, whose order would change.
         log_dir: a folder for TensorBoard; scalars, the histogram of log10 eigenvalues and a
             picture of the spectrum go to the run `diffusion` in it. Defaults to `None`, none.
         examples: how many examples are used at most, from the first on. Defaults to `512`.
@@ -73,23 +74,32 @@ class DiffusionMonitor(keras.callbacks.Callback):
         verbose=True,
     ):
         super().__init__()
-        if not isinstance(examples, int) or examples < 1:
-            raise ValueError(f"`examples` must be a positive integer. Received: {examples!r}")
+        if not _is_count(examples):
+            raise ValueError(
+                f"`examples` must be a positive integer. Received: examples={examples!r}"
+            )
         ways.check_way(per_example, chunk_size)
         self.records = []
-        self._data = _first_examples(data, examples)
+        self._data = _first_examples(data, int(examples))
         self._rule = epsilon_rules.get(epsilon)
-        self._log_dir = log_dir
+        self._log_dir = None if log_dir is None else os.path.join(log_dir, "diffusion")
         self._options = (training, per_example, chunk_size)
         self._verbose = verbose
-        self._measure = None
+        self._measurement = None
         self._writer = None
 
     def on_train_begin(self, logs=None):
-        """Forget the compiled measurement of another fit: trainable weights may have changed."""
-        self._measure = None
+        """Find out how this model is measured, and whether it can be, before it trains."""
         if self._log_dir is not None and self._writer is None:
-            self._writer = tf.summary.create_file_writer(os.path.join(self._log_dir, "diffusion"))
+            self._writer = tf.summary.create_file_writer(self._log_dir)
+        self._measurement = None
+        if self.model.built:
+            with self._showing_progress():
+                self._prepare()
+
+    def _prepare(self):
+        batch = as_batch(self.model, *self._data)
+        self._measurement = Measurement(self.model, batch, *self._options)
 
     def on_epoch_end(self, epoch, logs=None):
         """Measure, record, and put the main numbers into `logs`."""
@@ -97,10 +107,10 @@ class DiffusionMonitor(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         rgd = inner_rgd(optimizer)
         with self._showing_progress():
-            if self._measure is None:
-                batch = as_batch(self.model, *self._data)
-                self._measure = Measurement(self.model, batch, *self._options)
-            record = self._measure(
+            # Layers may have been frozen since.
+            if self._measurement is None or not self._measurement.is_of(self.model):
+                self._prepare()
+            record = self._measurement(
                 self._rule if rgd is None else rgd.epsilon,
                 epoch=epoch,
                 step=int(optimizer.iterations),
@@ -113,7 +123,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Close the TensorBoard file."""
-        self._measure = None
+        self._measurement = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -129,13 +139,17 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _showing_progress(self):
-        """A line with a spinner once measuring has taken a second."""
+        """Say that measuring runs once it has taken a second: a spinner, or a line in a log."""
         if not self._verbose:
             yield
             return
         n = len(keras.tree.flatten(self._data[0])[0])
-        status = rich.console.Console().status(f"measuring D on {n} examples")
-        timer = threading.Timer(1.0, status.start)
+        message = f"measuring D on {n} examples"
+        console = rich.console.Console()
+        # In a notebook rich wants a widget, which is not everywhere.
+        spins = console.is_terminal and not console.is_jupyter
+        status = console.status(message) if spins else None
+        timer = threading.Timer(1.0, status.start if spins else lambda: print(f"{message} ..."))
         timer.daemon = True
         timer.start()
         try:
@@ -143,37 +157,53 @@ class DiffusionMonitor(keras.callbacks.Callback):
         finally:
             timer.cancel()
             timer.join()
-            status.stop()
+            if spins:
+                status.stop()
 
 
 def _number(value):
     return math.nan if value is None else value
 
 
+def _is_count(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+
+
 def _first_examples(data, examples):
     """(x, y, sample_weight) of the first `examples` examples of arrays or of a data set."""
     if isinstance(data, keras.utils.PyDataset):
-        data = (data[i] for i in range(len(data)))
-    elif not isinstance(data, tuple | list | tf.data.Dataset):
+        batches = (data[i] for i in range(len(data)))
+    elif isinstance(data, tf.data.Dataset):
+        batches = data
+    elif isinstance(data, tuple | list):
+        batches = [data]
+    else:
         raise ValueError(
             "`data` must be a tuple (x, y) or (x, y, sample_weight) of arrays, a batched "
             f"tf.data.Dataset or a keras.utils.PyDataset. Received: {type(data).__name__}"
         )
-    elif isinstance(data, tuple | list):
-        data = [data]
-    parts, count = [], 0
-    for batch in itertools.islice(data, examples):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        parts.append((x, y, sample_weight))
-        count += len(keras.tree.flatten(x)[0])
-        if count >= examples:
+    parts, missing = [], examples
+    for batch in batches:
+        if isinstance(batch, tuple | list) and len(batch) > 3:
+            raise ValueError(
+                f"`data` must give x, (x, y) or (x, y, sample_weight). Received: {len(batch)} parts"
+            )
+        batch = keras.utils.unpack_x_y_sample_weight(
+            tuple(batch) if isinstance(batch, list) else batch
+        )
+        check_lengths(*batch)
+        parts.append(keras.tree.map_structure(lambda a, n=missing: _first(a, n), batch))
+        missing -= len(keras.tree.flatten(parts[-1])[0])
+        if missing <= 0:
             break
-    if not count:
+    if not parts:
         raise ValueError("`data` has no examples.")
-    return keras.tree.map_structure(lambda *leaves: _joined(leaves, examples), *parts)
+    return keras.tree.map_structure(_joined, *parts)
 
 
-def _joined(leaves, examples):
-    if leaves[0] is None:
-        return None
-    return np.concatenate([np.asarray(leaf) for leaf in leaves])[:examples]
+def _first(array, n):
+    return None if array is None else np.array(array[:n])
+
+
+def _joined(*arrays):
+    return None if arrays[0] is None else np.concatenate(arrays)

@@ -17,7 +17,7 @@ class DiffusionRecord:
     """D at one moment of training, on `examples` examples.
 
     "Squared gradient" is the unit of eigenvalues: the loss's unit over the weights', squared. NaN
-    stands for what is not defined at that moment.
+    stands for what is not defined at that moment, which is all where gradients are not finite.
     """
 
     epoch: int  # counted from 0, as Keras passes it
@@ -53,6 +53,9 @@ class DiffusionRecord:
     gradient_norm: float  # |v|
     noise_scale: float  # tr S / |G|^2, unbiased (arXiv 1812.06162), in examples; NaN if |G|^2 <= 0
 
+    def __post_init__(self):
+        self.eigenvalues.flags.writeable = False
+
 
 def save_records(records, path):
     """Write records to one JSON file, whole or not at all.
@@ -60,8 +63,13 @@ def save_records(records, path):
     Args:
         records: a list of `DiffusionRecord`.
         path: the file; its folder must exist.
+
+    Raises:
+        FileNotFoundError: it does not.
     """
     path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"No folder {path.parent} to write {path.name} to.")
     rows = [{k: _plain(v) for k, v in vars(record).items()} for record in records]
     text = json.dumps({_KEY: _VERSION, "records": rows}, allow_nan=False, indent=1)
     partial = path.with_name(path.name + ".partial")
@@ -93,7 +101,7 @@ def load_records(path):
         )
     try:
         return [DiffusionRecord(**_revived(row)) for row in content["records"]]
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             f"Expected records with the fields of DiffusionRecord. Received: {path}: {error}"
         ) from error
@@ -101,7 +109,7 @@ def load_records(path):
 
 def _plain(value):
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return [_plain(v) for v in value.tolist()]
     # JSON has no NaN.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -6,25 +6,26 @@ import matplotlib.figure
 import numpy as np
 import tensorflow as tf
 
-_SCALARS = (
-    "lambda_max",
-    "trace",
-    "rank",
-    "rank_gram",
-    "participation_ratio",
-    "effective_rank",
-    "epsilon",
-    "epsilon_lambda_max",
-    "weak_field_error",
-    "weak_field_error_gradient",
-    "step_epsilon",
-    "descent_ratio",
-    "cosine_top",
-    "overlap",
-    "gradient_norm",
-    "noise_scale",
-    "seconds",
-)
+# What TensorBoard shows of each beside its chart; markdown.
+_SCALARS = {
+    "lambda_max": "The largest eigenvalue of D, M_x of the paper; squared gradient.",
+    "trace": "tr D, the variance of the per-example gradients; squared gradient.",
+    "rank": "Eigenvalues above lambda_max d eps of float32 (Chaudhari and Soatto, 1710.11029).",
+    "rank_gram": "Eigenvalues above lambda_max N eps of the Gram matrix's dtype.",
+    "participation_ratio": "tr(D)^2 / tr(D^2).",
+    "effective_rank": "exp of the entropy of eigenvalues / trace.",
+    "epsilon": "eps(x) by the rule, for the measured D; one over squared gradient.",
+    "epsilon_lambda_max": "eps lambda_max, below 1 (Eq. 6 of the paper).",
+    "weak_field_error": "||(I + eps D)^-1 - (I - eps D)||, the operator norm.",
+    "weak_field_error_gradient": "The same on the gradient v, relative to |(I + eps D)^-1 v|.",
+    "step_epsilon": "The epoch's mean of the eps that RGD's steps used.",
+    "descent_ratio": "1 - eps v^T D v / |v|^2.",
+    "cosine_top": "|cos| of the gradient and the top eigenvector of D.",
+    "overlap": "Of the top eigenspaces of this epoch and the last, tr(P_t P_s) / k.",
+    "gradient_norm": "|v|, the gradient of the loss on the measured examples.",
+    "noise_scale": "Gradient noise scale tr S / |G|^2 (1812.06162), in examples.",
+    "seconds": "What the measurement took.",
+}
 
 
 def write(writer, record):
@@ -35,10 +36,10 @@ def write(writer, record):
         record: a `DiffusionRecord`; its epoch is the step.
     """
     with writer.as_default(step=record.epoch):
-        for name in _SCALARS:
+        for name, description in _SCALARS.items():
             value = getattr(record, name)
             if value is not None and np.isfinite(value):
-                tf.summary.scalar(f"diffusion/{name}", value)
+                tf.summary.scalar(f"diffusion/{name}", value, description=description)
         counted = record.eigenvalues[record.eigenvalues > record.rank_gram_cut]
         if len(counted):
             # Linear buckets would show nothing of a spectrum over many decades.
@@ -77,17 +78,13 @@ def plot_spectrum(records, ax=None):
         )
     last = records[-1]
     if last.rank is not None:
-        ax.axhline(
-            last.rank_cut, color="tab:gray", ls="--", lw=1, label=f"rank cut: rank {last.rank}"
-        )
+        cut, label = last.rank_cut, rf"cut $\lambda_{{max}}\,d\,\epsilon_{{32}}$: rank {last.rank}"
     else:
-        ax.axhline(
+        cut, label = (
             last.rank_gram_cut,
-            color="tab:gray",
-            ls="--",
-            lw=1,
-            label=f"rank cut: rank {last.rank_gram}",
+            rf"cut $\lambda_{{max}}\,N\,\epsilon$: rank {last.rank_gram}",
         )
+    ax.axhline(cut, color="tab:gray", ls="--", lw=1, label=label)
     if last.epsilon > 0:
         ax.axhline(1 / last.epsilon, color="tab:red", ls=":", lw=1.5, label=r"$1/\epsilon$")
     ax.set_xlabel("index of the eigenvalue")

@@ -149,6 +149,16 @@ def _nested():
     return keras_rgd.RGDModel(x, L.Dense(2)(inner(L.Dense(4, activation="tanh")(inner(x)))))
 
 
+def one_loss():
+    """The same object each time, as one that a user hands to several outputs."""
+    return _one_loss(keras.config.floatx())
+
+
+@functools.cache
+def _one_loss(floatx):
+    return keras.losses.MeanSquaredError()
+
+
 def _two_by_two():
     a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
     h = L.Dense(4, activation="tanh")(L.concatenate([a, b]))
@@ -163,10 +173,17 @@ def _dictionaries():
     return keras_rgd.RGDModel(inputs, outputs)
 
 
-def _unused_output():
+def _one_output_without_loss():
     x = keras.Input((3,))
-    h = L.Dense(4, activation="tanh", name="h")(x)
-    return keras_rgd.RGDModel(x, [L.Dense(2, name="p")(h), L.Dense(3, name="q")(h)])
+    h = L.Dense(4, activation="tanh")(x)
+    return keras_rgd.RGDModel(x, {"p": L.Dense(2, name="p")(h), "q": L.Dense(3, name="q")(h)})
+
+
+def _small_sigmoid():
+    x = keras.Input((3,))
+    h = L.Dense(4, activation="tanh")(x)
+    p, q = L.Dense(2, name="p")(h), L.Dense(1, activation="sigmoid", name="q")(h)
+    return keras_rgd.RGDModel(x, [p, q])
 
 
 def _frozen():
@@ -232,6 +249,13 @@ def _recurrent(name, row, *stack, **kwargs):
 CASES = [
     _dense("dense", "Dense"),
     Case(
+        "softmax",
+        "Dense",
+        sequential((5,), TANH, layer(L.Dense, 3, activation="softmax")),
+        xy(normal(5), classes),
+        loss="sparse_categorical_crossentropy",
+    ),
+    Case(
         "dense_regression",
         "Dense",
         sequential((5,), layer(L.Dense, 4, activation="gelu"), layer(L.Dense, 2)),
@@ -258,7 +282,14 @@ CASES = [
         layer(L.Conv2D, 3, 3, strides=2, padding="same", activation="tanh"),
         FLAT,
     ),
-    _classifier("conv3d", "Conv3D", (4, 4, 4, 1), layer(L.Conv3D, 2, 2, activation="tanh"), FLAT),
+    _classifier(
+        "conv3d",
+        "Conv3D",
+        (4, 4, 4, 1),
+        layer(L.Conv3D, 2, 2, activation="tanh"),
+        FLAT,
+        refusable="Conv3D",
+    ),
     _classifier(
         "depthwise_conv1d",
         "DepthwiseConv1D",
@@ -482,6 +513,34 @@ CASES = [
         loss={"p": BINARY, "q": "mae"},
         loss_weights={"p": 0.5, "q": 3.0},
         loss_shape={"p": (), "q": (T,)},
+    ),
+    Case(
+        "one_loss_object",
+        "several inputs and outputs, `loss_weights`",
+        _two_by_two,
+        lambda rng: ([normal(3)(rng), normal(2)(rng)], [normal(2)(rng), normal(3)(rng)]),
+        loss=[one_loss, one_loss],
+        loss_shape=[(), ()],
+    ),
+    Case(
+        "output_without_loss",
+        "several inputs and outputs, `loss_weights`",
+        _one_output_without_loss,
+        lambda rng: (normal(3)(rng), {"p": normal(2)(rng)}),
+        loss={"p": "mse"},
+        loss_shape={"p": ()},
+    ),
+    Case(
+        "small_sigmoid",
+        "several inputs and outputs, `loss_weights`",
+        _small_sigmoid,
+        lambda rng: (
+            normal(3)(rng),
+            [normal(2)(rng), rng.integers(0, 2, (N, 1)).astype("float32")],
+        ),
+        loss=["mse", "binary_crossentropy"],
+        loss_weights=[1.0, 0.01],
+        loss_shape=[(), ()],
     ),
     _dense("sample_weight", "`sample_weight`, `class_weight`", sample_weight=positive()),
     _dense(

@@ -9,6 +9,15 @@ import pytest  # noqa: E402
 import steps  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Tests of one case go to one process, which takes each of its steps once."""
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        case = parameters and (parameters.get("case") or parameters.get("name"))
+        if case is not None:
+            item.add_marker(pytest.mark.xdist_group(str(case)))
+
 
 @pytest.fixture(autouse=True)
 def _fresh():

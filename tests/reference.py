@@ -12,6 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+_ZERO = tf.UnconnectedGradients.ZERO
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
@@ -69,6 +71,7 @@ def eager(model, x, y, sample_weight=None, loss_shape=(), training=True):
         training: whether layers behave as in training.
     """
     n = len(keras.tree.flatten(x)[0])
+    variables = [v.value for v in model.trainable_variables]
     with unchanged(model), tf.GradientTape(persistent=True) as tape:
         y_pred = _call(model, x, training)
 
@@ -80,7 +83,7 @@ def eager(model, x, y, sample_weight=None, loss_shape=(), training=True):
         alone = [loss(_weights(e, sample_weight, loss_shape)) for e in np.eye(n)]
 
     def gradient(target):
-        return _flat(tape.gradient(target, model.trainable_variables, None, "zero"))
+        return _flat(tape.gradient(target, variables, unconnected_gradients=_ZERO))
 
     r = gradient(rest)
     G = np.array([n * (gradient(a) - r) for a in alone])
@@ -93,13 +96,14 @@ def compiled(model, x, y, sample_weight=None, loss_shape=(), training=True, jit_
     For layers that draw random numbers: which ones depends on the dtype and on XLA.
     """
     n = len(keras.tree.flatten(x)[0])
+    variables = [v.value for v in model.trainable_variables]
 
     @tf.function(jit_compile=jit_compile, autograph=False)
     def gradient(weights):
         with tf.GradientTape() as tape:
             y_pred = _call(model, x, training)
             loss = _loss(model, x, y, y_pred, weights, training)
-        return tape.gradient(loss, model.trainable_variables, None, "zero"), loss
+        return tape.gradient(loss, variables, unconnected_gradients=_ZERO), loss
 
     def restarted(weights):
         with unchanged(model):

@@ -419,6 +419,34 @@ def test_with_another_optimizer_it_is_its_parent(name):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
+@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+def test_the_losses_of_several_outputs_are_averaged_as_under_sgd(way):
+    case = BY_NAME["two_inputs_two_outputs"]
+    x, y, _ = case.batch()
+    histories = []
+    for optimizer in (keras_rgd.RGD(0.0, per_example=way), keras.optimizers.SGD(0.0)):
+        model = case.compile(steps.build(case), optimizer)
+        histories.append(model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history)
+    for key in ("loss", "p_loss", "q_loss"):
+        assert histories[0][key] == pytest.approx(histories[1][key], rel=1e-5), key
+
+
+def test_a_metric_of_the_users_named_loss_is_left_alone():
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.seen = keras.metrics.Mean(name="loss")
+
+        def call(self, x):
+            self.seen.update_state(7.0)
+            return x
+
+    model = keras_rgd.RGDSequential([keras.Input((5,)), Counts(), keras.layers.Dense(3)])
+    model.compile(keras_rgd.RGD(0.1), "mse")
+    model.train_on_batch(np.ones((4, 5)), np.ones((4, 3)))
+    assert float(model.layers[0].seen.result()) == 7.0
+
+
 def test_an_optimizer_can_be_exchanged_by_compiling_again():
     case = BY_NAME["dense"]
     x, y, _ = case.batch()
@@ -480,7 +508,7 @@ def functional():
 def test_a_functional_model_is_converted_with_its_structure_and_weights():
     model = functional()
     converted = keras_rgd.to_rgd(model)
-    assert type(converted) is keras_rgd.RGDModel
+    assert isinstance(converted, keras_rgd.RGDModel)
     assert converted.name == "functional"
     assert all(a is b for a, b in zip(model.variables, converted.variables, strict=True))
     x = {"a": np.ones((4, 3), "float32"), "b": np.ones((4, 2), "float32")}
@@ -524,18 +552,66 @@ def test_a_model_of_keras_applications_is_converted():
     np.testing.assert_array_equal(converted(x), model(x))
 
 
+def test_conversion_keeps_the_inputs_dtype_and_the_policy():
+    layers = [keras.layers.Embedding(5, 3), keras.layers.Flatten(), keras.layers.Dense(1)]
+    ids = keras.Input((2,), dtype="int32", name="ids")
+    keras.config.set_dtype_policy("mixed_float16")
+    functional, sequential = keras.Model(ids, layers[0](ids)), keras.Sequential([ids, *layers])
+    keras.config.set_dtype_policy("float32")
+    for model in (functional, sequential):
+        converted = keras_rgd.to_rgd(model)
+        assert converted.inputs[0].dtype == "int32"
+        assert converted.inputs[0].name == "ids"
+        assert converted.dtype_policy.name == "mixed_float16"
+        converted.compile(keras_rgd.RGD(), "mse")
+        assert isinstance(converted.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_a_subclass_of_rgd_model_may_have_layers_or_be_functional():
+    class Layers(keras_rgd.RGDModel):
+        def __init__(self, units, name=None):
+            super().__init__(name=name)
+            self.head = keras.layers.Dense(units)
+
+        def call(self, x):
+            return self.head(x)
+
+    class Graph(keras_rgd.RGDModel):
+        def __init__(self, units):
+            inputs = keras.Input((5,))
+            super().__init__(inputs, keras.layers.Dense(units)(inputs))
+
+    for make in (Graph, Layers, Graph, Layers):
+        model = make(3)
+        model(np.ones((1, 5)))
+        assert isinstance(model, keras_rgd.RGDModel)
+        model.compile(keras_rgd.RGD(1.0), "mse")
+        before = reference.flatten(model.trainable_variables)
+        model.train_on_batch(np.ones((4, 5)), np.ones((4, 3)))
+        assert np.all(reference.flatten(model.trainable_variables) != before)
+
+
 def test_a_model_that_rgd_trains_is_left_alone():
     model = steps.build(BY_NAME["subclassed"])
     assert keras_rgd.to_rgd(model) is model
 
 
-def test_a_subclassed_model_is_told_to_take_the_mixin():
-    class Mine(keras.Model):
+@pytest.mark.parametrize("parent", ["Model", "Sequential"])
+def test_a_model_that_may_override_something_is_told_to_take_the_mixin(parent):
+    class Mine(getattr(keras, parent)):
         def call(self, x):
-            return x
+            return 2 * x
 
-    with pytest.raises(ValueError, match=r"class Mine\(keras_rgd.RGDMixin, keras.Model\)"):
+    with pytest.raises(ValueError, match=rf"class Mine\(keras_rgd.RGDMixin, keras.{parent}\)"):
         keras_rgd.to_rgd(Mine())
+    inputs = keras.Input((3,))
+
+    class Weighted(keras.Model):
+        def compute_loss(self, *args, **kwargs):
+            return 100 * super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"class Weighted\(keras_rgd.RGDMixin"):
+        keras_rgd.to_rgd(Weighted(inputs, keras.layers.Dense(2)(inputs)))
 
 
 # half precision

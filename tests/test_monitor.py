@@ -16,7 +16,8 @@ from cases import BY_NAME
 from keras import layers as L
 
 import keras_rgd
-from keras_rgd import DiffusionMonitor, monitor as monitor_module
+from keras_rgd import DiffusionMonitor
+from keras_rgd import monitor as monitor_module
 
 CROSSENTROPY = cases.CROSSENTROPY
 
@@ -85,8 +86,17 @@ def expected_record(dense, c):
 # the numbers
 
 
-NAMES = ["dense", "conv2d", "depthwise_conv2d", "dropout", "batch_normalization", "regularizers",
-         "embedding_mask_loss", "lstm", "dictionaries"]
+NAMES = [
+    "dense",
+    "conv2d",
+    "depthwise_conv2d",
+    "dropout",
+    "batch_normalization",
+    "regularizers",
+    "embedding_mask_loss",
+    "lstm",
+    "dictionaries",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,9 +134,7 @@ def test_records_in_training_mode_are_of_the_batch_itself():
 @pytest.mark.parametrize("chunk_size", [1, 4, 50])
 def test_chunks_change_no_record(name, chunk_size):
     case = BY_NAME[name]
-    monitors = [
-        DiffusionMonitor(case.batch()[:2], chunk_size=size) for size in (None, chunk_size)
-    ]
+    monitors = [DiffusionMonitor(case.batch()[:2], chunk_size=size) for size in (None, chunk_size)]
     fitted(case, "sgd", monitors)
     for whole, parts in zip(*(m.records for m in monitors), strict=True):
         for field in dataclasses.fields(whole):
@@ -216,14 +224,13 @@ class Batches(keras.utils.PyDataset):
         return self.x[part], self.y[part]
 
 
-@pytest.mark.parametrize("kind", ["arrays", "lists", "dataset", "endless dataset", "pydataset"])
+@pytest.mark.parametrize("kind", ["arrays", "dataset", "endless dataset", "pydataset"])
 def test_data_may_have_any_form_that_fit_takes(kind):
     case = BY_NAME["dense"]
     x, y, _ = case.batch()
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
     data = {
         "arrays": (x, y),
-        "lists": [x.tolist(), y.tolist()],
         "dataset": dataset,
         "endless dataset": dataset.repeat(),
         "pydataset": Batches(x, y, 4),
@@ -261,6 +268,10 @@ def test_sample_weights_belong_to_the_data():
         ({"data": 3}, "Received: int"),
         ({"data": iter([])}, "Received: list_iterator"),
         ({"data": np.ones((4, 5))}, "Received: ndarray"),
+        ({"data": (np.ones((4, 5)), np.ones(3))}, "Received: lengths x [4], y [3]"),
+        ({"data": tuple(np.ones((4, 4)))}, "Received: 4 parts"),
+        ({"data": ([[1.0], [2.0]], [1, 2])}, "Received: lengths x [None], y [None]"),
+        ({"data": tf.data.Dataset.range(3).map(lambda i: (i, i))}, "batched"),
         ({"examples": 0}, "examples=0"),
         ({"chunk_size": -1}, "chunk_size=-1"),
         ({"per_example": "x"}, "per_example='x'"),
@@ -274,18 +285,45 @@ def test_a_bad_argument_is_named(arguments, received):
     assert received in str(error.value)
 
 
-def test_unequal_lengths_are_named():
+@pytest.mark.parametrize(
+    "data, match",
+    [((np.ones((4, 7), "float32"), np.ones(4)), None), ((np.ones((4, 5), "float32"),), None)],
+    ids=["width", "no targets"],
+)
+def test_data_that_do_not_fit_the_model_stop_before_the_first_epoch(data, match):
     case = BY_NAME["dense"]
-    x, y, _ = case.batch()
-    with pytest.raises(ValueError, match="same positive length .* Received: lengths"):
-        fitted(case, "sgd", [DiffusionMonitor((x[:4], y[:3]))])
+    model = steps.build(case)
+    before = reference.flatten(model.trainable_variables)
+    with pytest.raises(ValueError, match=match):
+        fitted(case, "sgd", [DiffusionMonitor(data)], model=model)
+    np.testing.assert_array_equal(reference.flatten(model.trainable_variables), before)
+
+
+def test_only_the_examples_that_are_used_are_kept_and_read():
+    class Rows(np.ndarray):
+        """Counts how many rows are taken out of it."""
+
+        def __getitem__(self, key):
+            taken.append(key)
+            return np.asarray(self)[key]
+
+    taken = []
+    x = np.zeros((1000, 5), "float32").view(Rows)
+    monitor = DiffusionMonitor((x, np.zeros(1000)), examples=3)
+    assert taken == [slice(None, 3, None)]
+    assert monitor._data[0].base is None and monitor._data[0].shape == (3, 5)
 
 
 # beside the training
 
 
 LOGGED = {
-    "rank", "rank_gram", "lambda_max", "epsilon", "weak_field_error", "weak_field_error_gradient",
+    "rank",
+    "rank_gram",
+    "lambda_max",
+    "epsilon",
+    "weak_field_error",
+    "weak_field_error_gradient",
 }
 
 
@@ -293,11 +331,11 @@ def test_its_main_numbers_reach_the_callbacks_behind_it(tmp_path):
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
     table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
-    stop = keras.callbacks.EarlyStopping(monitor="lambda_max", mode="min", baseline=0.0, patience=2)
+    stop = keras.callbacks.EarlyStopping("lambda_max", min_delta=1e9, patience=2, mode="min")
     _, history = fitted(case, "sgd", [monitor, table, stop], epochs=5, metrics=["accuracy"])
     assert set(history) == LOGGED | {"loss", "accuracy"}
     assert history["lambda_max"] == [record.lambda_max for record in monitor.records]
-    assert len(monitor.records) == 2  # EarlyStopping saw that lambda_max stays above 0
+    assert len(monitor.records) == 3  # EarlyStopping saw that lambda_max does not fall by 1e9
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["lambda_max"]) for row in rows] == pytest.approx(history["lambda_max"])
@@ -333,6 +371,18 @@ def test_records_go_on_over_several_fits_and_frozen_layers():
     assert [record.epoch for record in monitor.records] == [0, 0, 1]
     assert [record.n_weights for record in monitor.records] == [39, 15, 15]
     assert math.isnan(monitor.records[1].overlap)
+
+
+def test_layers_frozen_during_a_fit_are_left_out_from_then_on():
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+
+    class Freeze(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.layers[0].trainable = epoch == 0
+
+    fitted(case, "sgd", [Freeze(), monitor])
+    assert [record.n_weights for record in monitor.records] == [39, 15]
 
 
 def test_records_are_saved_and_loaded(tmp_path):

@@ -63,7 +63,7 @@ def test_options_act_on_the_direction_as_sgds_do_on_a_gradient(options, float64)
 
 
 def test_a_loop_of_ones_own_takes_the_step_of_fit():
-    """As documented in docs/custom-loop: per-example gradients, their direction, the step."""
+    """As the README says: per-example gradients, their direction, the step."""
     case = BY_NAME["dense"]
     x, y, _ = case.batch()
     model = case.compile(steps.build(case), "sgd")

@@ -1,4 +1,4 @@
-"""Per-example gradients: their definition, what is refused, and the facts of TensorFlow behind it."""
+"""Per-example gradients: what they are, what is refused, and the facts of TensorFlow behind it."""
 
 import cases
 import keras
@@ -18,7 +18,9 @@ CROSSENTROPY = cases.CROSSENTROPY
 
 def compiled(*stack, shape=(5,), loss=CROSSENTROPY, cls=keras.Sequential, **kwargs):
     model = cls([keras.Input(shape), *stack])
-    model.compile("sgd", loss() if callable(loss) and not isinstance(loss, type) else loss, **kwargs)
+    model.compile(
+        "sgd", loss() if callable(loss) and not isinstance(loss, type) else loss, **kwargs
+    )
     return model
 
 
@@ -67,7 +69,10 @@ def test_every_operation_equals_the_dense_one(name, chosen):
     v, w = rng.normal(size=dense.G.shape[1]), rng.normal(size=len(dense.G))
     received = {
         "gradient": (reference.flatten(gradients.gradient), dense.v),
-        "dot": (gradients.dot(D.vector(keras_rgd.vectors.unflatten(v, gradients.weights))), dense.G @ v),
+        "dot": (
+            gradients.dot(D.vector(keras_rgd.vectors.unflatten(v, gradients.weights))),
+            dense.G @ v,
+        ),
         "combine": (reference.flatten(gradients.combine(tf.constant(w, "float32"))), w @ dense.G),
         "gram": (D.gram(), dense.G @ dense.G.T),
         "eigenvalues": (D.eigenvalues(), np.linalg.eigvalsh(dense.K)[::-1][: len(D.eigenvalues())]),
@@ -89,7 +94,9 @@ def test_training_mode_is_that_of_the_step(name):
     assert D.gradients.way == "double_backward"
     dense = steps.oracle(name, "graph")
     top = dense.lambda_max
-    np.testing.assert_allclose(D.eigenvalues() / top, np.linalg.eigvalsh(dense.K)[::-1] / top, atol=1e-5)
+    np.testing.assert_allclose(
+        D.eigenvalues() / top, np.linalg.eigvalsh(dense.K)[::-1] / top, atol=1e-5
+    )
     for a, b in zip(state, model.variables, strict=True):
         np.testing.assert_array_equal(a, b.numpy())
 
@@ -125,7 +132,9 @@ def test_gradients_far_from_1_keep_their_digits():
         model = compiled(L.Dense(3), loss_weights=scale)
         model.set_weights(weights)
         D = keras_rgd.diffusion_matrix(model, x, y)
-        np.testing.assert_allclose(D.eigenvalues()[:5] / scale**2, plain.eigenvalues()[:5], rtol=1e-4)
+        np.testing.assert_allclose(
+            D.eigenvalues()[:5] / scale**2, plain.eigenvalues()[:5], rtol=1e-4
+        )
 
 
 # what has no per-example gradients
@@ -251,14 +260,147 @@ def test_a_batch_of_one_does_not_stand_for_the_next():
         model.train_on_batch(x, y)
 
 
-def test_a_loss_that_mixes_examples_is_refused():
-    def contrast(y_true, y_pred):
-        return keras.ops.sum(keras.ops.square(y_pred - keras.ops.mean(y_pred, axis=0)), axis=-1)
+class Shift(L.Layer):
+    """Mixes only examples `by` apart, and leaves the first `by` alone."""
 
-    model = keras_rgd.RGDSequential([keras.Input((5,)), L.Dense(3)])
-    model.compile(keras_rgd.RGD(1.0, per_example="vectorized_map"), contrast)
+    def __init__(self, by):
+        super().__init__(name="shift")
+        self.by = by
+
+    def call(self, x):
+        return x + 0.5 * keras.ops.pad(x, [[self.by, 0], [0, 0]])[: keras.ops.shape(x)[0]]
+
+
+@pytest.mark.parametrize("by", [1, 2, 3, 5])
+def test_mixing_is_seen_between_any_two_examples(by):
+    model = keras_rgd.RGDSequential([keras.Input((5,)), L.Dense(3), Shift(by)])
+    model.compile(keras_rgd.RGD(1.0, per_example="vectorized_map"), CROSSENTROPY())
+    x, y = dense_batch()
+    with pytest.raises(ValueError, match=r"Layer 'shift' \(Shift\) gives an example an output"):
+        model.train_on_batch(x, y)
+    plain = compiled(*model.layers)
+    assert keras_rgd.diffusion_matrix(plain, x, y).gradients.way == "double_backward"
+
+
+def contrast_all(y_true, y_pred):
+    """Depends on the mean of all outputs."""
+    return keras.ops.sum(keras.ops.square(y_pred - 1 - keras.ops.mean(y_pred, axis=0)), axis=-1)
+
+
+def contrast_in_class(y_true, y_pred):
+    """Depends on the outputs of the same class alone."""
+    y = keras.ops.cast(keras.ops.reshape(y_true, (-1, 1)), y_pred.dtype)
+    same = keras.ops.cast(keras.ops.equal(y, keras.ops.transpose(y)), y_pred.dtype)
+    mean = keras.ops.matmul(same, y_pred) / keras.ops.sum(same, axis=1, keepdims=True)
+    return keras.ops.sum(keras.ops.square(y_pred - 1 + mean), axis=-1)
+
+
+@pytest.mark.parametrize("loss", [contrast_all, contrast_in_class])
+@pytest.mark.parametrize("start", ["glorot_uniform", "zeros"])
+def test_a_loss_that_mixes_examples_is_refused(loss, start):
+    x, _ = dense_batch()
+    y = np.array([0, 1, 1, 2, 2, 2])  # example 0 has no other of its class
+    model = keras_rgd.RGDSequential([keras.Input((5,)), L.Dense(3, kernel_initializer=start)])
+    model.compile(keras_rgd.RGD(1.0, per_example="vectorized_map"), loss)
     with pytest.raises(ValueError, match="loss of one example depends on the outputs of other"):
+        model.train_on_batch(x, y)
+    plain = compiled(*model.layers, loss=loss)
+    assert keras_rgd.diffusion_matrix(plain, x, y).gradients.way == "double_backward"
+
+
+class Penalised(keras_rgd.RGDSequential):
+    """A small part of its loss reaches the weights without the output."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + 1e-3 * keras.ops.sum(keras.ops.square(self.layers[0].bias))
+
+
+def test_a_small_part_of_the_loss_that_the_lanes_miss_is_refused_by_the_weights_name():
+    model = Penalised([keras.Input((5,)), L.Dense(3, name="head"), L.Dense(3)])
+    model.layers[0].bias.assign([1.0, 2.0, 3.0])
+    model.compile(keras_rgd.RGD(1.0, per_example="vectorized_map"), CROSSENTROPY())
+    with pytest.raises(ValueError, match="gradients of '.*head/bias' is .* away from the batch's"):
         model.train_on_batch(*dense_batch())
+
+
+@pytest.mark.parametrize("name", ["stateful", "spectral"])
+def test_measuring_leaves_states_and_assigned_kernels_as_they_were(name):
+    stack = {
+        "stateful": [L.Reshape((5, 1)), L.LSTM(2, stateful=True, name="rnn")],
+        "spectral": [L.SpectralNormalization(L.Dense(4), name="norm")],
+    }[name]
+    model = keras.Sequential([keras.Input(batch_shape=(6, 5)), *stack, L.Dense(3)])
+    model.compile("sgd", CROSSENTROPY())
+    x, y = dense_batch()
+    model.train_on_batch(x, y)
+    state = list(model.variables)
+    if name == "stateful":
+        state += model.get_layer("rnn").states
+    before = [v.numpy() for v in state]
+    for training in (False, True):
+        first, second = (
+            keras_rgd.diffusion_matrix(model, x, y, training=training).eigenvalues()
+            for _ in range(2)
+        )
+        np.testing.assert_array_equal(first, second)
+    for a, b in zip(before, state, strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+
+
+def test_a_layer_without_a_second_derivative_is_refused():
+    block = keras.Sequential([L.Dense(4, "tanh")])
+
+    @keras.saving.register_keras_serializable(package="tests")
+    class Rematerialised(L.Layer):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def call(self, x):
+            return keras.remat(self.block)(x)
+
+    model = keras_rgd.RGDSequential([keras.Input((5,)), Rematerialised(), L.Dense(3)])
+    model.compile(keras_rgd.RGD(0.1), CROSSENTROPY())
+    with pytest.raises(ValueError, match="per_example='vectorized_map'"):
+        model.train_on_batch(*dense_batch())
+
+
+def test_the_memory_of_a_gram_matrix_by_double_backward_follows_chunk_size():
+    """In small chunks no N x d is formed: each column is a product with D's factors."""
+    case = BY_NAME["batch_normalization"]
+    model = case.compile(steps.build(case), "adam")
+    x, y, _ = case.batch()
+    options = {"training": True, "per_example": "double_backward"}
+    whole = keras_rgd.diffusion_matrix(model, x, y, **options)
+    small = keras_rgd.diffusion_matrix(model, x, y, chunk_size=2, **options)
+    np.testing.assert_allclose(small.gram(), whole.gram(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        small.eigenvalues(), whole.eigenvalues(), rtol=1e-4, atol=1e-5 * whole.top_eigenvalue()
+    )
+
+
+# dtypes
+
+
+@pytest.mark.parametrize(
+    "first, last", [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32")]
+)
+def test_weights_may_have_several_dtypes(first, last):
+    def build(a, b):
+        model = compiled(L.Dense(4, "tanh", dtype=a), L.Dense(3, dtype=b))
+        rng = np.random.default_rng(0)
+        model.set_weights(
+            [rng.normal(size=w.shape).astype("float32").astype("bfloat16") for w in model.weights]
+        )
+        return model
+
+    x, y = dense_batch()
+    mixed = keras_rgd.diffusion_matrix(build(first, last), x, y)
+    plain = keras_rgd.diffusion_matrix(build("float32", "float32"), x, y)
+    tolerance = 0.05 if first == "bfloat16" else 1e-5
+    assert mixed.top_eigenvalue() == pytest.approx(plain.top_eigenvalue(), rel=tolerance)
+    assert mixed.gradients.dtype == max(first, "float32", last)
 
 
 def test_an_unknown_way_is_refused():
@@ -334,7 +476,9 @@ def test_two_forward_passes_draw_two_masks_and_xla_draws_others():
 
     def masks(jit_compile):
         seeds.assign([0, 1])
-        run = tf.function(lambda: (drop(x, training=True), drop(x, training=True)), jit_compile=jit_compile)
+        run = tf.function(
+            lambda: (drop(x, training=True), drop(x, training=True)), jit_compile=jit_compile
+        )
         return [m.numpy() for m in run()]
 
     first, second = masks(False)

@@ -42,6 +42,14 @@ def test_scalars_are_those_of_the_record_at_its_epoch(written):
         assert received == {r.epoch: pytest.approx(getattr(r, name)) for r in records}, name
 
 
+def test_every_scalar_says_what_it_is(written):
+    _, events = written
+    for tag in events.Tags()["tensors"]:
+        metadata = events.SummaryMetadata(tag)
+        if metadata.plugin_data.plugin_name == "scalars":
+            assert metadata.summary_description.endswith("."), tag
+
+
 def test_what_is_not_defined_is_left_out(written):
     _, events = written
     assert set(values(events, "diffusion/overlap")) == {0, 1}
@@ -72,6 +80,10 @@ def test_the_picture_is_an_image(written):
 # plot_spectrum
 
 
+REFERENCE_CUT = r"cut $\lambda_{{max}}\,d\,\epsilon_{{32}}$: rank {}"
+GRAM_CUT = r"cut $\lambda_{{max}}\,N\,\epsilon$: rank {}"
+
+
 def spectrum(**changes):
     values = {"eigenvalues": 10.0 ** -np.arange(6.0), "lambda_max": 1.0, "rank_gram_cut": 3e-5}
     return record(**(values | {"rank": 3, "rank_cut": 5e-3, "epsilon": 0.5} | changes))
@@ -87,13 +99,13 @@ def test_a_spectrum_is_drawn_on_log_axes_with_its_cut_and_1_over_eps():
     drawn = lines(ax)
     np.testing.assert_array_equal(drawn["epoch 4"].get_ydata(), 10.0 ** -np.arange(5.0))
     np.testing.assert_array_equal(drawn["epoch 4"].get_xdata(), np.arange(1, 6))
-    assert drawn["rank cut: rank 3"].get_ydata()[0] == 5e-3
+    assert drawn[REFERENCE_CUT.format(3)].get_ydata()[0] == 5e-3
     assert drawn[r"$1/\epsilon$"].get_ydata()[0] == 2.0
 
 
 def test_where_the_references_cut_means_nothing_the_gram_matrixs_is_drawn():
     drawn = lines(keras_rgd.plot_spectrum(spectrum(rank=None, rank_gram=5)))
-    assert drawn["rank cut: rank 5"].get_ydata()[0] == 3e-5
+    assert drawn[GRAM_CUT.format(5)].get_ydata()[0] == 3e-5
 
 
 def test_several_records_are_drawn_on_the_axes_given():

@@ -1,6 +1,7 @@
 """Per-example gradients: the interface, the choice of a way, and one file for each way."""
 
 import functools
+import numbers
 
 import keras
 import tensorflow as tf
@@ -9,7 +10,7 @@ from keras_rgd import vectors
 from keras_rgd.per_example import checks, lanes
 from keras_rgd.per_example.compiled import compiled_way
 from keras_rgd.per_example.double_backward import DoubleBackward
-from keras_rgd.per_example.interface import PerExampleGradients
+from keras_rgd.per_example.interface import PerExampleGradients, working_dtype
 from keras_rgd.per_example.lanes import Lanes
 from keras_rgd.per_example.loss import batch_size
 
@@ -38,7 +39,8 @@ def check_way(per_example, chunk_size=None):
             f"`per_example` must be one of {', '.join(map(repr, WAYS))}. "
             f"Received: per_example={per_example!r}"
         )
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    count = isinstance(chunk_size, numbers.Integral) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (count and chunk_size > 0):
         raise ValueError(
             "`chunk_size` must be a positive integer, or None for the whole batch. "
             f"Received: chunk_size={chunk_size!r}"
@@ -172,8 +174,9 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
     if chunk_size is None:
-        row = max(4, model.trainable_variables[0].value.dtype.size)
-        chunk_size = max(1, _CHUNK_BYTES // (row * vectors.size(model.trainable_variables)))
+        weights = [w.value for w in model.trainable_variables]
+        row = working_dtype(weights).size * vectors.size(weights)
+        chunk_size = max(1, _CHUNK_BYTES // row)
     if way == "double_backward":
         compiled = compiled_way(make_way(model, way, training=training, chunk_size=chunk_size))
         return functools.partial(compiled, model)

@@ -13,8 +13,8 @@ import tensorflow as tf
 from keras_rgd import vectors
 from keras_rgd.per_example import lanes
 from keras_rgd.per_example.double_backward import DoubleBackward
+from keras_rgd.per_example.interface import working_dtype
 from keras_rgd.per_example.loss import batch_size, call_model, example_losses
-
 
 # NumPy's finfo does not know bfloat16.
 _EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
@@ -248,7 +248,7 @@ def _loss_mixes(model, x, y, sample_weight, training):
     n = batch_size(x)
     with unchanged(model):
         y_pred = call_model(model, x, training)
-        u = tf.ones([n], tf.float32)
+        u = tf.ones([n], working_dtype([w.value for w in model.trainable_variables]))
         _, ours = example_losses(model, x, y, y_pred, sample_weight, u, training)
         for kept in _halves(n):
             changed = keras.tree.map_structure(lambda t, k=kept: _others_replaced(t, k, x), y_pred)
@@ -309,7 +309,9 @@ def _differ(a, b, tolerance):
 
 def _tolerance(model):
     # Rounding differs with the batch; mixing shows in the leading half of the digits.
-    dtypes = {keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()}
+    dtypes = {
+        keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
+    }
     return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5
 
 

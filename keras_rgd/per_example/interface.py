@@ -30,8 +30,7 @@ class PerExampleGradients(abc.ABC):
     @property
     def dtype(self):
         """The dtype of all that is formed: the widest of the weights', and at least float32."""
-        floating = [w.dtype for w in self.weights if w.dtype.is_floating]
-        return max((tf.float32, *floating), key=lambda dtype: dtype.size)
+        return working_dtype(self.weights)
 
     def cast(self, tensors):
         """A list of tensors (or of a tape's sparse gradients) as a list of tensors of `dtype`."""
@@ -68,6 +67,12 @@ class PerExampleGradients(abc.ABC):
         """Gbar = (1/N) sum_i g_i, without the gradient of r."""
         n = tf.cast(self.n_examples, self.dtype)
         return self.combine(tf.fill([self.n_examples], 1 / n))
+
+
+def working_dtype(weights):
+    """The widest floating dtype of TensorFlow variables, and at least float32."""
+    floating = [w.dtype for w in weights if w.dtype.is_floating]
+    return max((tf.float32, *floating), key=lambda dtype: dtype.size)
 
 
 def centered(rows, center, unit):

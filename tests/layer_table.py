@@ -1,0 +1,63 @@
+"""The README's table of what works with what, from the steps that the tests take.
+
+    python tests/layer_table.py
+
+writes it into README.md; `test_readme.py` fails where the two differ.
+"""
+
+import pathlib
+import re
+
+import cases
+import steps
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+COLUMNS = [(way, mode) for way in ("double_backward", "vectorized_map") for mode in steps.MODES]
+BEGIN, END = "<!-- layer table: python tests/layer_table.py -->\n", "<!-- end of layer table -->"
+HEAD = (
+    '| layers, losses, models | `"double_backward"`, graph | XLA '
+    '| `"vectorized_map"`, graph | XLA |\n|---|---|---|---|---|\n'
+)
+
+
+def rows():
+    """The names of the rows, in the order of the cases."""
+    return list(dict.fromkeys(case.row for case in cases.CASES))
+
+
+def cells(row):
+    """What each way does with a row's models, graph and XLA: "exact", "refused" or both."""
+    named = [case.name for case in cases.CASES if case.row == row]
+    return tuple(
+        " or ".join(sorted({"refused" if steps.step(n, *c).refusal else "exact" for n in named}))
+        for c in COLUMNS
+    )
+
+
+def written():
+    """The table in README.md: for each row its cells."""
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
+    found = {}
+    for line in table.removeprefix("\n").removeprefix(HEAD).strip().splitlines():
+        names, *results = (cell.strip() for cell in line.strip("|").split("|"))
+        found |= dict.fromkeys(names.split("; "), tuple(results))
+    return found
+
+
+def main():
+    """Write the table into README.md; rows with the same cells are one line."""
+    lines = {}
+    for row in rows():
+        lines.setdefault(cells(row), []).append(row)
+    body = "".join(
+        f"| {'; '.join(names)} | {' | '.join(results)} |\n" for results, names in lines.items()
+    )
+    text = README.read_text(encoding="utf-8")
+    pattern = re.escape(BEGIN) + ".*" + re.escape(END)
+    table = f"{BEGIN}\n{HEAD}{body}\n{END}"
+    README.write_text(re.sub(pattern, lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

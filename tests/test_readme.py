@@ -1,0 +1,43 @@
+"""README.md says what is so."""
+
+import re
+
+import layer_table
+import pytest
+import steps
+from cases import CASES
+
+import keras_rgd
+
+
+def test_the_layer_table_has_a_row_for_every_kind_of_model():
+    assert set(layer_table.written()) == set(layer_table.rows())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_layer_table_is_what_the_steps_do(case):
+    written = layer_table.written()[case.row]
+    for cell, column in zip(written, layer_table.COLUMNS, strict=True):
+        refused = steps.step(case.name, *column).refusal is not None
+        assert ("refused" if refused else "exact") in cell.split(" or "), column
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    text = layer_table.README.read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import keras, keras_rgd\n.*?)```", text, re.DOTALL)
+    assert len(example.splitlines()) <= 14
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(EXAMPLE_DATA, names)  # noqa: S102
+    layers = "[keras.Input((5,)), keras.layers.Dense(3, activation='softmax')]"
+    exec(example.replace("[...]", layers), names)  # noqa: S102
+    assert len(names["monitor"].records) == 5
+    assert list((tmp_path / "logs" / "diffusion").iterdir())
+    assert isinstance(names["model"].optimizer, keras_rgd.RGD)
+
+
+EXAMPLE_DATA = """
+import numpy as np
+x_train = np.random.default_rng(0).normal(size=(40, 5)).astype("float32")
+y_train = np.arange(40) % 3
+"""
