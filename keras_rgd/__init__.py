@@ -1,10 +1,11 @@
 """Relativistic gradient descent and the diffusion matrix of SGD's noise, for Keras."""
 
 from keras_rgd import epsilon
+from keras_rgd.conversion import to_rgd
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.measurement import diffusion_matrix
 from keras_rgd.metric import DiffusionMetric
-from keras_rgd.model import RGDMixin, RGDModel, RGDSequential, to_rgd
+from keras_rgd.model import RGDMixin, RGDModel, RGDSequential
 from keras_rgd.monitor import DiffusionMonitor
 from keras_rgd.optimizer import RGD
 from keras_rgd.per_example import PerExampleGradients, per_example_gradients

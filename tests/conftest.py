@@ -27,7 +27,6 @@ def _fresh():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
-    keras.backend.clear_session()
 
 
 @pytest.fixture

@@ -101,8 +101,9 @@ def test_training_mode_is_that_of_the_step(name):
         np.testing.assert_array_equal(a, b.numpy())
 
 
-@pytest.mark.parametrize("name", ["conv2d", "lstm"])
-@pytest.mark.parametrize("chunk_size", [1, 4, 6, 100])
+@pytest.mark.parametrize(
+    "name, chunk_size", [("conv2d", 1), ("conv2d", 4), ("conv2d", 100), ("lstm", 4)]
+)
 def test_chunks_change_no_number(name, chunk_size):
     case = BY_NAME[name]
     model = case.compile(steps.build(case), "adam")
