@@ -16,11 +16,9 @@ from keras_rgd import per_example as ways
 CROSSENTROPY = cases.CROSSENTROPY
 
 
-def compiled(*stack, shape=(5,), loss=CROSSENTROPY, cls=keras.Sequential, **kwargs):
+def compiled(*stack, shape=(5,), loss=None, cls=keras.Sequential, **kwargs):
     model = cls([keras.Input(shape), *stack])
-    model.compile(
-        "sgd", loss() if callable(loss) and not isinstance(loss, type) else loss, **kwargs
-    )
+    model.compile("sgd", CROSSENTROPY() if loss is None else loss, **kwargs)
     return model
 
 
@@ -349,22 +347,23 @@ def test_measuring_leaves_states_and_assigned_kernels_as_they_were(name):
         np.testing.assert_array_equal(a, b.numpy())
 
 
+class Rematerialised(L.Dense):
+    """A layer whose activations are computed again in the backward pass."""
+
+    def call(self, x):
+        def forward(x):
+            return L.Dense.call(self, x)
+
+        return keras.remat(forward)(x)
+
+
 def test_a_layer_without_a_second_derivative_is_refused():
-    block = keras.Sequential([L.Dense(4, "tanh")])
-
-    @keras.saving.register_keras_serializable(package="tests")
-    class Rematerialised(L.Layer):
-        def __init__(self):
-            super().__init__()
-            self.block = block
-
-        def call(self, x):
-            return keras.remat(self.block)(x)
-
-    model = keras_rgd.RGDSequential([keras.Input((5,)), Rematerialised(), L.Dense(3)])
+    model = keras_rgd.RGDSequential([keras.Input((5,)), Rematerialised(4), L.Dense(3)])
     model.compile(keras_rgd.RGD(0.1), CROSSENTROPY())
-    with pytest.raises(ValueError, match="per_example='vectorized_map'"):
+    before = reference.flatten(model.trainable_variables)
+    with pytest.raises(ValueError, match="use per_example='vectorized_map'"):
         model.train_on_batch(*dense_batch())
+    np.testing.assert_array_equal(reference.flatten(model.trainable_variables), before)
 
 
 def test_the_memory_of_a_gram_matrix_by_double_backward_follows_chunk_size():
