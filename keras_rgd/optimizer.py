@@ -118,7 +118,10 @@ class RGD(keras.optimizers.Optimizer):
         super().build(variables)
         self.momentums = []
         if self.momentum != 0:
-            self.momentums = self.add_optimizer_variables(variables, "momentum")
+            self.momentums = [
+                self.add_variable_from_reference(variable, name="momentum")
+                for variable in variables
+            ]
         self.lambda_max = self.add_variable((), name="lambda_max")
         self.chosen_epsilon = self.add_variable((), name="chosen_epsilon")
         self.step_weak_field_error = self.add_variable((), name="step_weak_field_error")

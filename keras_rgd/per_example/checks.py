@@ -38,15 +38,11 @@ class NotVectorizableError(ValueError):
 
 def trial_fails(function, *arguments):
     """The error of a trial of `tf.vectorized_map`, or None; its pages of log are not shown."""
-    logger = tf.get_logger()
-    level = logger.level
-    logger.setLevel("CRITICAL")
     try:
-        function(*arguments)
+        with lanes.quiet():
+            function(*arguments)
     except (ValueError, TypeError, NotImplementedError, LookupError, tf.errors.OpError) as error:
         return error
-    finally:
-        logger.setLevel(level)
     return None
 
 

@@ -6,6 +6,8 @@ N times that is grad f_i, exactly where examples do not mix, in the model or in 
 a forward pass draws nothing random; `checks` refuses the rest by name.
 """
 
+import contextlib
+
 import keras
 import tensorflow as tf
 
@@ -215,7 +217,8 @@ def vectorized(lane, signature, compiled):
             raise ValueError(
                 f"tf.vectorized_map has no rule for {', '.join(sorted(used & _NOT_VECTORIZED))}"
             )
-        mapped = tf.vectorized_map(lane, chunk, fallback_to_while_loop=False)
+        with quiet():
+            mapped = tf.vectorized_map(lane, chunk, fallback_to_while_loop=False)
         crashes.append(bool(used & _CRASH_UNCOMPILED))
         return mapped
 
@@ -231,6 +234,18 @@ def vectorized(lane, signature, compiled):
         return (with_xla if crashes[0] else plain)(*chunk)
 
     return sound_rows
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without TensorFlow's pages of log on what it vectorizes; errors are raised all the same."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _operations(lane, chunk):
