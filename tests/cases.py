@@ -111,6 +111,22 @@ MEAN1D = layer(L.GlobalAveragePooling1D)
 TANH = layer(L.Dense, 4, activation="tanh")
 
 
+# Keras's own L1 and L2 are of float32 in every floatx in older versions.
+@keras.saving.register_keras_serializable(package="tests")
+class Squares(keras.regularizers.Regularizer):
+    def __call__(self, weight):
+        return 0.01 * keras.ops.sum(keras.ops.square(weight))
+
+    def get_config(self):
+        return {}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Sizes(Squares):
+    def __call__(self, weight):
+        return 0.01 * keras.ops.sum(keras.ops.abs(weight))
+
+
 def _classifier(name, row, shape, *stack, **kwargs):
     return Case(
         name,
@@ -551,7 +567,9 @@ CASES = [
         "regularizers",
         "regularizers, activity regularizers",
         (5,),
-        layer(L.Dense, 4, activation="tanh", kernel_regularizer="l2", bias_regularizer="l1"),
+        layer(
+            L.Dense, 4, activation="tanh", kernel_regularizer=Squares(), bias_regularizer=Sizes()
+        ),
     ),
     _classifier(
         "activity_regularizer",
