@@ -1,7 +1,8 @@
 """What an RGD step costs against the same model's SGD step, measured in the same run.
 
 Milliseconds of one training step on one batch, medians of interleaved repeats, for plain Keras SGD
-and for RGD by each way, uncompiled ("graph") and compiled with XLA.
+and for RGD by each way, uncompiled ("graph") and compiled with XLA; and seconds of the first step,
+which traces and compiles.
 
     python benchmarks/step_cost.py
 """
@@ -42,7 +43,7 @@ WAYS = ("sgd", "double_backward", "vectorized_map")
 
 
 def step_function(name, way, n, jit_compile):
-    """A function without arguments that takes one training step."""
+    """A function without arguments that takes one training step; seconds of the first step."""
     keras.utils.set_random_seed(0)
     shape, stack = MODELS[name]()
     model = keras_rgd.RGDSequential([keras.Input(shape), *stack])
@@ -54,9 +55,11 @@ def step_function(name, way, n, jit_compile):
     model.compile(optimizer, loss, jit_compile=jit_compile)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(n, *shape)).astype("float32"), rng.integers(0, 10, n)
+    start = time.perf_counter()
     model.train_on_batch(x, y)
+    first = time.perf_counter() - start
     batch = (tf.constant(x), tf.constant(y))
-    return lambda: model.train_function(iter([batch]))
+    return lambda: model.train_function(iter([batch])), first
 
 
 def main():
@@ -66,12 +69,13 @@ def main():
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    print("| model | N | compiled | SGD ms | double_backward | vectorized_map |")
+    print("| model | N | compiled | SGD | double_backward | vectorized_map |")
     print("|---|---|---|---|---|---|")
     for name in args.models:
         for n in args.batch_sizes:
             for jit_compile in (False, True):
-                steps = [step_function(name, way, n, jit_compile) for way in WAYS]
+                made = [step_function(name, way, n, jit_compile) for way in WAYS]
+                steps, (sgd_first, *firsts) = zip(*made, strict=True)
                 times = [[] for _ in WAYS]
                 for _ in range(args.repeats):
                     for step, seconds in zip(steps, times, strict=True):
@@ -79,11 +83,12 @@ def main():
                         keras.tree.map_structure(np.asarray, step())
                         seconds.append(time.perf_counter() - start)
                 sgd, *others = [1e3 * statistics.median(s) for s in times]
-                cells = " | ".join(f"{ms:.1f} ms, {ms / sgd:.1f} x" for ms in others)
-                print(
-                    f"| {name} | {n} | {'XLA' if jit_compile else 'graph'} | {sgd:.1f} | {cells} |",
-                    flush=True,
-                )
+                cells = [f"{sgd:.1f} ms, first {sgd_first:.1f} s"] + [
+                    f"{ms:.1f} ms, {ms / sgd:.1f} x, first {first:.1f} s"
+                    for ms, first in zip(others, firsts, strict=True)
+                ]
+                compiled = "XLA" if jit_compile else "graph"
+                print(f"| {name} | {n} | {compiled} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

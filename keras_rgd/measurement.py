@@ -54,6 +54,12 @@ def as_batch(model, x, y=None, sample_weight=None):
     """(x, y, sample_weight) as tensors of the dtypes that `fit` would use, checked."""
     ways.check_model(model)
     check_lengths(x, y, sample_weight)
+    keras_reads_y = model.loss is not None and type(model).compute_loss is keras.Model.compute_loss
+    if y is None and keras_reads_y:
+        raise ValueError(
+            f"Model '{model.name}' is compiled with a loss, which needs targets. Expected (x, y). "
+            "Received: y=None"
+        )
     return keras.tree.map_structure(_tensor, (x, y, sample_weight))
 
 

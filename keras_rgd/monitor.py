@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import numbers
 import os
 import threading
 
@@ -74,7 +73,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
         verbose=True,
     ):
         super().__init__()
-        if not _is_count(examples):
+        if not ways.is_count(examples):
             raise ValueError(
                 f"`examples` must be a positive integer. Received: examples={examples!r}"
             )
@@ -163,10 +162,6 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
 def _number(value):
     return math.nan if value is None else value
-
-
-def _is_count(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
 
 
 def _first_examples(data, examples):

@@ -30,14 +30,9 @@ def cells(row):
     results = {column: set() for column in COLUMNS}
     for case in cases.CASES:
         if case.row == row:
-            for column in columns(case):
+            for column in COLUMNS:
                 results[column].add(cell(case, column))
     return tuple(" or ".join(sorted(result)) for result in results.values())
-
-
-def columns(case):
-    """The columns that a case is taken in."""
-    return [(way, mode) for way, mode in COLUMNS if mode in steps.modes(case)]
 
 
 def cell(case, column):

@@ -14,12 +14,6 @@ import keras_rgd
 MODES = ("graph", "xla")
 
 
-def modes(case):
-    """Compiling takes most of the time: of a row's cases the first is taken under XLA too."""
-    first = next(c for c in cases.CASES if c.row == case.row)
-    return MODES if case is first else ("graph",)
-
-
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What one `train_on_batch` with learning rate 1 and momentum 0 did, as numpy arrays."""

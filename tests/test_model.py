@@ -32,9 +32,6 @@ ONE_OF_EACH_KIND = [
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 all_modes = pytest.mark.parametrize("mode", steps.MODES)
-all_cases_and_modes = pytest.mark.parametrize(
-    "case, mode", [(case, mode) for case in CASES for mode in steps.modes(case)], ids=str
-)
 
 TOLERANCE = {"graph": 1e-5, "xla": 1e-4}
 
@@ -50,13 +47,15 @@ def assert_equals_dense_D(step, dense, tolerance):
 # the direction
 
 
-@all_cases_and_modes
+@all_modes
+@all_cases
 def test_direction_equals_dense_D(case, mode):
     step = steps.step(case.name, "double_backward", mode)
     assert_equals_dense_D(step, steps.oracle(case.name, mode), TOLERANCE[mode])
 
 
-@all_cases_and_modes
+@all_modes
+@all_cases
 def test_vectorized_map_is_exact_or_refuses_a_layer_by_name(case, mode):
     step = steps.step(case.name, "vectorized_map", mode)
     if step.refusal is None:
@@ -96,6 +95,30 @@ def test_chunks_of_examples_take_the_same_step(name):
         assert chunked.epsilon == pytest.approx(whole.epsilon, rel=1e-5)
 
 
+@all_modes
+def test_a_layer_that_assigns_its_kernel_before_the_step_takes_the_direction_from_there(mode):
+    """SpectralNormalization; the rows of G are plain SGD's steps with one example weighted."""
+    x, y, _ = BY_NAME["dense"].batch()
+    n = len(x)
+
+    def after(optimizer, weights=None):
+        keras.utils.set_random_seed(0)
+        stack = [keras.layers.SpectralNormalization(keras.layers.Dense(4)), keras.layers.Dense(3)]
+        model = keras_rgd.RGDSequential([keras.Input((5,)), *stack])
+        model.compile(optimizer, cases.CROSSENTROPY(), jit_compile=mode == "xla")
+        model.train_on_batch(x, y, weights)
+        return reference.flatten(model.trainable_variables)
+
+    start = after(keras.optimizers.SGD(1.0), np.zeros(n))
+    G = np.array([n * (start - after(keras.optimizers.SGD(1.0), e)) for e in np.eye(n)])
+    dense = reference.Dense(G, start - after(keras.optimizers.SGD(1.0)))
+    optimizer = keras_rgd.RGD(1.0)
+    direction = start - after(optimizer)
+    expected = dense.direction(float(optimizer.chosen_epsilon))
+    assert reference.relative_error(direction, expected) < TOLERANCE[mode]
+    assert reference.relative_error(dense.v, expected) > 0.01  # D has a part in it
+
+
 def test_eager_steps_equal_dense_D():
     case = BY_NAME["dense"]
     model = steps.build(case)
@@ -114,7 +137,7 @@ def test_eager_steps_equal_dense_D():
 
 @all_cases
 def test_half_of_the_bound_keeps_epsilon_below_it(case):
-    for mode in steps.modes(case):
+    for mode in steps.MODES:
         for way in ("double_backward", "vectorized_map"):
             step = steps.step(case.name, way, mode)
             if step.refusal is None:

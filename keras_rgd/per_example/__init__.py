@@ -26,6 +26,7 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_way",
+    "is_count",
     "make_way",
     "measuring_way",
     "per_example_gradients",
@@ -39,12 +40,16 @@ def check_way(per_example, chunk_size=None):
             f"`per_example` must be one of {', '.join(map(repr, WAYS))}. "
             f"Received: per_example={per_example!r}"
         )
-    count = isinstance(chunk_size, numbers.Integral) and not isinstance(chunk_size, bool)
-    if chunk_size is not None and not (count and chunk_size > 0):
+    if chunk_size is not None and not is_count(chunk_size):
         raise ValueError(
             "`chunk_size` must be a positive integer, or None for the whole batch. "
             f"Received: chunk_size={chunk_size!r}"
         )
+
+
+def is_count(value):
+    """Whether `value` is a positive integer."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
 
 
 def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True):

@@ -60,9 +60,11 @@ class Lanes(PerExampleGradients):
             self._rows = self._rows_of((x, cotangents))
         else:
             self._chunks = _split((x, cotangents), self.n_examples, chunk_size)
-        self.gradient = self.mean()
+        # In chunks each mean is a pass over all examples.
+        self._mean = super().mean()
+        self.gradient = self._mean
         if r_gradient is not None:
-            self.gradient = vectors.add(self.gradient, r_gradient)
+            self.gradient = vectors.add(self._mean, r_gradient)
 
     def _batch_pass(self, model, x, y, sample_weight, training):
         """One forward pass: the cotangents of the outputs, and grad r where there is an r."""
@@ -112,6 +114,9 @@ class Lanes(PerExampleGradients):
             (self._chunks, w),
             initializer=[tf.zeros(w.shape, self.dtype) for w in self.weights],
         )
+
+    def mean(self):
+        return self._mean
 
     def combine_many(self, w):
         if self._chunk_size is None:
