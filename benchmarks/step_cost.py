@@ -1,94 +1,219 @@
 """What an RGD step costs against the same model's SGD step, measured in the same run.
 
-Milliseconds of one training step on one batch, medians of interleaved repeats, for plain Keras SGD
-and for RGD by each way, uncompiled ("graph") and compiled with XLA; and seconds of the first step,
-which traces and compiles.
+Milliseconds of a training step, from whole epochs of `fit`, medians of interleaved repeats, for
+plain Keras SGD and for RGD by each way, uncompiled ("graph") and compiled with XLA; beside them,
+where the extra `bench` is installed, the other libraries that form per-example gradients, each
+doing the work of one RGD step. And the peak memory of a process that does nothing but this one
+fit, above what it held before it built the model.
 
-    python benchmarks/step_cost.py
+    python -m pip install -e ".[bench]"
+    python benchmarks/step_cost.py --csv step_cost.csv --plot step_cost.png
 """
 
 import argparse
+import csv
+import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
-import keras
-import numpy as np
-import tensorflow as tf
-
-import keras_rgd
-
-layers = keras.layers
+WAYS = ("sgd", "layerwise", "double_backward", "vectorized_map")
+MODES = ("graph", "xla")
+PEERS = ("mlp", "cnn")  # the models that are written for them
 
 
-def mlp():
-    """784-256-256-10."""
-    return (784,), [layers.Dense(256, "relu"), layers.Dense(256, "relu"), layers.Dense(10)]
+def made(name, way, mode):
+    """The compiled model."""
+    import keras
+    import models
 
+    import keras_rgd
 
-def cnn():
-    """conv32-pool-conv64-pool-dense128-10 on 28x28."""
-    return (28, 28, 1), [
-        layers.Conv2D(32, 3, activation="relu"),
-        layers.MaxPooling2D(),
-        layers.Conv2D(64, 3, activation="relu"),
-        layers.MaxPooling2D(),
-        layers.Flatten(),
-        layers.Dense(128, "relu"),
-        layers.Dense(10),
-    ]
-
-
-MODELS = {"mlp": mlp, "cnn": cnn}
-WAYS = ("sgd", "double_backward", "vectorized_map")
-
-
-def step_function(name, way, n, jit_compile):
-    """A function without arguments that takes one training step; seconds of the first step."""
-    keras.utils.set_random_seed(0)
-    shape, stack = MODELS[name]()
-    model = keras_rgd.RGDSequential([keras.Input(shape), *stack])
-    if way == "sgd":
-        optimizer = keras.optimizers.SGD(0.01)
-    else:
+    model = models.MODELS[name].model()
+    optimizer = keras.optimizers.SGD(0.01)
+    if way != "sgd":
         optimizer = keras_rgd.RGD(0.01, per_example=way)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, jit_compile=jit_compile)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(n, *shape)).astype("float32"), rng.integers(0, 10, n)
+    model.compile(optimizer, models.loss(), jit_compile=mode == "xla")
+    return model
+
+
+def fit_seconds(model, x, y, n, steps):
+    """Seconds of one epoch of `fit` of so many steps."""
+    count = n * steps
     start = time.perf_counter()
-    model.train_on_batch(x, y)
-    first = time.perf_counter() - start
-    batch = (tf.constant(x), tf.constant(y))
-    return lambda: model.train_function(iter([batch])), first
+    model.fit(x[:count], y[:count], batch_size=n, shuffle=False, verbose=0)
+    return time.perf_counter() - start
+
+
+def measure_time(name, n, mode, ways, steps, repeats):
+    """Milliseconds of a step by each way and each peer, and seconds until the first is done."""
+    import models
+    import peers
+
+    steps = steps or models.MODELS[name].steps
+    x, y = models.MODELS[name].data(n * steps)
+    runs, first = {}, {}
+    for way in ways:
+        try:
+            model = made(name, way, mode)
+            first[way] = fit_seconds(model, x, y, n, 2)
+        except ValueError as error:
+            print(f"{name} {n} {mode} {way}: refused, {str(error)[:100]}", file=sys.stderr)
+            continue
+        runs[way] = lambda model=model: fit_seconds(model, x, y, n, steps) / steps
+    few = max(1, steps // 10)
+    for peer, step_of in peers.installed().items() if name in PEERS else ():
+        step = step_of(name, x[:n], y[:n])
+        start = time.perf_counter()
+        step()
+        first[peer] = time.perf_counter() - start
+        runs[peer] = lambda step=step: _seconds(step, few) / few
+    times = {key: [] for key in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for key, run in runs.items():
+            times[key].append(run())
+    return {
+        key: {"ms": 1e3 * statistics.median(values), "first": first[key]}
+        for key, values in times.items()
+    }
+
+
+def _seconds(step, count):
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return time.perf_counter() - start
+
+
+def measure_memory(name, n, mode, way):
+    """MiB that one fit takes at its peak, above what this process held before it."""
+    import models
+    import psutil
+
+    x, y = models.MODELS[name].data(n * 4)
+    before = psutil.Process().memory_info().rss
+    fit_seconds(made(name, way, mode), x, y, n, 4)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak - before) / 2**20
+
+
+def in_a_process(*arguments, script=__file__):
+    """What a script prints last, told `--only` and arguments of its own, as JSON."""
+    command = [sys.executable, script, "--only", json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=_quiet(), check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _quiet():
+    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def plot(rows, path):
+    """Ratio to SGD against N: a panel for each model, a line for each way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.2 * len(names) + 1, 3.4), squeeze=False, layout="constrained"
+    )
+    for name, axis in zip(names, axes[0], strict=True):
+        for way in [w for w in dict.fromkeys(row["way"] for row in rows) if w != "sgd"]:
+            best = {}
+            for row in rows:
+                if row["model"] == name and row["way"] == way:
+                    best[row["n"]] = min(row["best_ratio"], best.get(row["n"], float("inf")))
+            if best:
+                axis.plot(*zip(*sorted(best.items()), strict=True), marker="o", label=way)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=name, xlabel="examples N", xscale="log", yscale="log")
+        ns = sorted({row["n"] for row in rows})
+        axis.set_xticks(ns, labels=[str(n) for n in ns])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("time of a step / SGD's")
+    handles = {}
+    for axis in axes[0]:
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main():
-    """Print a table, one row for each model, N and compilation."""
+    """Print a table, one row for each model, N and way; write the CSV file and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["mlp", "cnn", "resnet20-gn", "resnet20-bn"] + ["transformer", "lstm"],
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 64, 128, 256])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="an epoch; the models have their own")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--csv", help="write the numbers here")
+    parser.add_argument("--plot", help="draw the ratios here")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    print("| model | N | compiled | SGD | double_backward | vectorized_map |")
-    print("|---|---|---|---|---|---|")
+    if args.only:
+        kind, *rest = json.loads(args.only)
+        print(json.dumps({"time": measure_time, "memory": measure_memory}[kind](*rest)))
+        return
+    rows = []
+    print("| model | N | way | graph | XLA | best / SGD's best | memory graph | XLA | first step |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in args.models:
         for n in args.batch_sizes:
-            for jit_compile in (False, True):
-                made = [step_function(name, way, n, jit_compile) for way in WAYS]
-                steps, (sgd_first, *firsts) = zip(*made, strict=True)
-                times = [[] for _ in WAYS]
-                for _ in range(args.repeats):
-                    for step, seconds in zip(steps, times, strict=True):
-                        start = time.perf_counter()
-                        keras.tree.map_structure(np.asarray, step())
-                        seconds.append(time.perf_counter() - start)
-                sgd, *others = [1e3 * statistics.median(s) for s in times]
-                cells = [f"{sgd:.1f} ms, first {sgd_first:.1f} s"] + [
-                    f"{ms:.1f} ms, {ms / sgd:.1f} x, first {first:.1f} s"
-                    for ms, first in zip(others, firsts, strict=True)
-                ]
-                compiled = "XLA" if jit_compile else "graph"
-                print(f"| {name} | {n} | {compiled} | {' | '.join(cells)} |", flush=True)
+            times = {
+                mode: in_a_process("time", name, n, mode, args.ways, args.steps, args.repeats)
+                for mode in args.modes
+            }
+            best_sgd = min(t["sgd"]["ms"] for t in times.values() if "sgd" in t)
+            for way in dict.fromkeys(key for t in times.values() for key in t):
+                best = min(t[way]["ms"] for t in times.values() if way in t)
+                cells, memory, firsts = {}, {}, {}
+                for mode in args.modes:
+                    if way not in times[mode]:
+                        continue
+                    ms = times[mode][way]["ms"]
+                    cells[mode] = f"{ms:.2f} ms, {ms / times[mode]['sgd']['ms']:.2f} x"
+                    firsts[mode] = f"{times[mode][way]['first']:.1f} s"
+                    mib = None
+                    if way in WAYS and not args.no_memory:
+                        mib = in_a_process("memory", name, n, mode, way)
+                        memory[mode] = f"{mib:.0f} MiB"
+                    rows.append(
+                        {
+                            "model": name,
+                            "n": n,
+                            "way": way,
+                            "mode": mode,
+                            "ms": ms,
+                            "ratio": ms / times[mode]["sgd"]["ms"],
+                            "best_ratio": best / best_sgd,
+                            "first_s": times[mode][way]["first"],
+                            "memory_mib": mib,
+                        }
+                    )
+                columns = [cells.get("graph", ""), cells.get("xla", ""), f"{best / best_sgd:.2f}"]
+                columns += [memory.get("graph", ""), memory.get("xla", "")]
+                columns.append(", ".join(firsts.values()))
+                print(f"| {name} | {n} | {way} | {' | '.join(columns)} |", flush=True)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from keras_rgd import bounds, vectors
-from keras_rgd.epsilon import Spectrum
 
 # Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
 # docs/epsilon.md.
@@ -116,33 +115,16 @@ class DiffusionMatrix:
             examples=examples,
         )
 
-    def spectrum_along(self, image, last_estimate=0.0):
-        """What a rule for eps needs: M_x and the spectral measure of v, for a step on v.
+    def estimate(self, image, last_estimate):
+        """The largest eigenvalue in the unit `image.unit`**2, from below, by products with D.
 
-        With a cheap Gram matrix M_x is an upper bound by matrix products. Without one it is the
-        larger of |D v|^2 / v^T D v and the last batch's estimate while the two agree within a
-        factor of 2, else the Ritz value of a few more products with D; times `ESTIMATE_MARGIN`.
+        The larger of |D v|^2 / v^T D v and the last batch's estimate while the two agree within a
+        factor of 2, else the Ritz value of a few more products.
 
         Args:
             image: `self.image(v)`.
-            last_estimate: `lambda_max` of the last step, 0 if there is none; a scalar.
-
-        Returns:
-            A `Spectrum`.
+            last_estimate: the last step's, times `ESTIMATE_MARGIN`; 0 if there is none; a scalar.
         """
-        unit = image.unit
-        mass = tf.square(image.size / unit)
-        if self.gradients.gram_is_cheap:
-            k = self._centered_gram(unit, self.gradients.mean())
-            lambda_max = bounds.trace_power_bound(k)
-            nodes, weights = bounds.lanczos_measure(k, image.examples, mass)
-        else:
-            lambda_max = self._estimate(image, last_estimate) * ESTIMATE_MARGIN
-            second = mass * tf.square(image.alpha / unit)
-            nodes, weights = bounds.moments_measure(lambda_max, mass, second)
-        return Spectrum(lambda_max=lambda_max, nodes=nodes, weights=weights, unit=unit)
-
-    def _estimate(self, image, last_estimate):
         unit = image.unit
         own = tf.square(image.alpha / unit)
         last = tf.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
@@ -290,7 +272,7 @@ class DiffusionMatrix:
         """(eigenvalues descending, their eigenvectors of K in columns, K), numpy float64."""
         if self._eigen is None:
             mean = self.gradients.mean()
-            unit = self._unit(mean)
+            unit = self.gradients.unit(mean)
             k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
             if not np.all(np.isfinite(k)):
                 raise NotFiniteError(
@@ -306,14 +288,6 @@ class DiffusionMatrix:
             descending = np.maximum(eigenvalues[::-1][:count], 0)
             self._eigen = descending, examples[:, ::-1][:, :count], k
         return self._eigen
-
-    def _unit(self, mean):
-        """A positive number of the order of the gradients, so that their squares stay in range."""
-        signs = tf.cast(1 - 2 * (tf.range(self.n_examples) % 2), self.gradients.dtype)
-        # The mean alone is nearly 0 at a minimum.
-        other = self.gradients.combine(signs / tf.cast(self.n_examples, signs.dtype))
-        size = tf.maximum(vectors.norm(mean), vectors.norm(other))
-        return tf.where(size > 0, size, tf.ones_like(size))
 
     def vector(self, v):
         """V as a list of tensors shaped as the weights, checked."""

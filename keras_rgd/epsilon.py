@@ -11,6 +11,8 @@ import numbers
 import keras
 import tensorflow as tf
 
+from keras_rgd import bounds
+
 # "Just under" 1/M_x: further below than M_x's own rounding.
 _JUST_UNDER = 1 - 2.0**-10
 
@@ -48,9 +50,66 @@ class Spectrum:
         size = tf.reduce_sum(self.weights / tf.square(1 + t))
         return tf.sqrt(tf.math.divide_no_nan(error, size))
 
+    def quadrature(self):
+        """A `Spectrum` whose weak-field error is cheap for many eps: this one."""
+        return self
+
     def in_true_units(self, epsilon):
         """`epsilon` times unit**-2, at most the largest number of the dtype."""
-        return tf.minimum(epsilon / self.unit / self.unit, epsilon.dtype.max)
+        return in_true_units(self, epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class GramSpectrum:
+    """A spectrum known by its matrix in example space; everything in the unit `unit`**2.
+
+    Attributes:
+        lambda_max: an upper bound on the largest eigenvalue, a scalar tensor, 0 where D is 0.
+        gram: K = (1/N) H G G^T H, shape (N, N).
+        products: H G v / sqrt(N), shape (N,).
+        square: |v|^2, a scalar tensor.
+        unit: as in `Spectrum`.
+    """
+
+    lambda_max: tf.Tensor
+    gram: tf.Tensor
+    products: tf.Tensor
+    square: tf.Tensor
+    unit: tf.Tensor
+
+    def weak_field_error(self, epsilon):
+        """As `Spectrum.weak_field_error`, for eps < 1/lambda_max, by products with K.
+
+        (I + eps D)^-1 v = v - eps B y with B^T B = K, y = (I + eps K)^-1 B^T v, and the difference
+        to (I - eps D) v is eps B (B^T v - y).
+        """
+        y = bounds.solve_shifted(self.gram, epsilon, self.products)
+        image = tf.linalg.matvec(self.gram, y)
+        rest = epsilon * image  # B^T v - y
+        error = tf.square(epsilon) * tf.reduce_sum(rest * tf.linalg.matvec(self.gram, rest))
+        size = self.square - epsilon * (
+            2 * tf.reduce_sum(self.products * y) - epsilon * tf.reduce_sum(y * image)
+        )
+        # (I + eps D)^-1 halves v at most.
+        size = tf.maximum(size, self.square / 4)
+        return tf.sqrt(tf.math.divide_no_nan(tf.maximum(error, 0), size))
+
+    def quadrature(self):
+        """A `Spectrum` whose weak-field error is cheap for many eps."""
+        length = tf.norm(self.products)
+        mass = tf.math.divide_no_nan(tf.square(length), self.square)
+        start = tf.math.divide_no_nan(self.products, length)
+        nodes, weights = bounds.lanczos_measure(self.gram, start, tf.minimum(mass, self.lambda_max))
+        return Spectrum(self.lambda_max, nodes, weights, self.unit)
+
+    def in_true_units(self, epsilon):
+        """`epsilon` times unit**-2, at most the largest number of the dtype."""
+        return in_true_units(self, epsilon)
+
+
+def in_true_units(spectrum, epsilon):
+    """`epsilon` in the spectrum's unit**-2 as a number, at most the largest of the dtype."""
+    return tf.minimum(epsilon / spectrum.unit / spectrum.unit, epsilon.dtype.max)
 
 
 class Rule(abc.ABC):
@@ -169,6 +228,7 @@ class WeakField(Rule):
         self.tolerance = _number("tolerance", tolerance, 0, 1, "a float in (0, 1)")
 
     def __call__(self, spectrum, iteration):
+        spectrum = spectrum.quadrature()
         largest = _below_bound(spectrum, where_zero=0.0)
         low, high = tf.zeros_like(largest), tf.ones_like(largest)
         for _ in range(_BISECTIONS):

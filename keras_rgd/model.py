@@ -15,6 +15,9 @@ from keras_rgd.optimizer import RGD
 
 _SEEDS = "seed_generators.npz"
 
+# Ways that not every model can take, and that nothing replaces where they were asked for.
+_CHECKED = ("layerwise", "vectorized_map")
+
 
 class RGDMixin:
     """A training step that hands `RGD` per-example gradients.
@@ -103,27 +106,24 @@ class RGDMixin:
 
     def _preparing(self, train_function):
         """`train_function`, with what must happen on real data before its first steps."""
-        rgd, state = inner_rgd(self.optimizer), self._step_state
+        state = self._step_state
 
         def prepared_train_function(iterator):
-            spec = getattr(iterator, "element_spec", None)
-            if state.way is None and spec is not None:
-                self._prepare_step(spec)
-            if state.way is None or (rgd.per_example == "vectorized_map" and not state.checked):
+            if not state.checked:
+                spec = getattr(iterator, "element_spec", None)
                 batches = list(itertools.islice(iterator, self.steps_per_execution))
                 if not batches:
                     raise StopIteration
                 if state.way is None:
-                    self._prepare_step(batches[0])
-                if rgd.per_example == "vectorized_map":
-                    self._check_batches(batches)
+                    self._build_step(batches[0] if spec is None else spec)
+                self._choose_way(batches, spec)
                 iterator = iter(batches) if spec is None else _iterator(batches, spec)
             return train_function(iterator)
 
         return prepared_train_function
 
-    def _prepare_step(self, data):
-        """Build the model, its loss and the optimizer for data of this kind; choose the way.
+    def _build_step(self, data):
+        """Build the model, its loss and the optimizer for data of this kind.
 
         A layer built inside a compiled step has given wrong numbers, and any variable made there
         has the step traced twice.
@@ -131,26 +131,42 @@ class RGDMixin:
         self._symbolic_build(data_batch=keras.tree.map_structure(_symbolic, data))
         if not self.trainable_variables:
             raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
-        rgd = inner_rgd(self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        self._step_state.way = per_example.make_way(
-            self,
-            rgd.per_example,
-            training=True,
-            chunk_size=rgd.chunk_size,
-            compiled=bool(self.jit_compile),
-        )
 
-    def _check_batches(self, batches):
+    def _choose_way(self, batches, spec):
+        """Choose the way to per-example gradients on the first batch, and check it on these."""
+        rgd, state = inner_rgd(self.optimizer), self._step_state
         compiled = bool(self.jit_compile)
+        dynamic = spec is not None and _first_size(spec) is None
         for data in batches:
             data = keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             x, y, sample_weight = keras.tree.map_structure(_tensor, (x, y, sample_weight))
-            per_example.check_batch(self, x, y, sample_weight, training=True, compiled=compiled)
+            if state.way is None or rgd.per_example in _CHECKED:
+                rgd.per_example_choice = choice = per_example.choose_way(
+                    self,
+                    rgd.per_example,
+                    x,
+                    y,
+                    sample_weight,
+                    training=True,
+                    dynamic=dynamic,
+                    compiled=compiled,
+                )
             # One example alone cannot show that examples mix.
-            self._step_state.checked |= per_example.batch_size(x) > 1
+            state.checked = rgd.per_example not in _CHECKED or per_example.batch_size(x) > 1
+            if state.checked:
+                break
+        if state.way is None:
+            state.way = per_example.make_way(
+                self,
+                choice.way,
+                training=True,
+                chunk_size=rgd.chunk_size,
+                compiled=compiled,
+                n_examples=choice.n_examples,
+            )
 
     def save_assets(self, path):
         """Write where the random numbers of the layers stand, which Keras does not."""
@@ -204,6 +220,12 @@ def _symbolic(leaf):
 
 def _tensor(leaf):
     return None if leaf is None else tf.convert_to_tensor(leaf)
+
+
+def _first_size(spec):
+    """Axis 0 of the first tensor of an iterator's element; `None` where it is open."""
+    first = next(s for s in keras.tree.flatten(spec) if isinstance(s, tf.TensorSpec))
+    return first.shape[0] if first.shape.rank else None
 
 
 def _absent(leaf):

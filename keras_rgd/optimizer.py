@@ -8,8 +8,7 @@ import tensorflow as tf
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import per_example as per_example_gradients
-from keras_rgd import vectors
-from keras_rgd.diffusion import DiffusionMatrix
+from keras_rgd.step import step_of
 
 _ORDINARY_MODEL = """\
 RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
@@ -43,8 +42,11 @@ class RGD(keras.optimizers.Optimizer):
             `keras_rgd.epsilon` (`Fraction`, `Fixed`, `WeakField`). Defaults to `0.5`.
         momentum: float in [0, 1]. Defaults to `0.0`.
         nesterov: whether momentum is Nesterov's. Defaults to `False`.
-        per_example: the way to per-example gradients: "vectorized_map", "double_backward", or
-            "auto", the cheapest that is exact for the model. Defaults to `"auto"`.
+        per_example: the way to per-example gradients: "layerwise", "double_backward",
+            "vectorized_map", or "auto", the cheapest that is exact for the model: "layerwise"
+            where the first batch shows that no example enters another's loss, else
+            "double_backward". `print(optimizer.per_example_choice)` says after the first step
+            which it was and why. Defaults to `"auto"`.
         chunk_size: how many examples' gradients "vectorized_map" holds at once; `None` for the
             whole batch. Defaults to `None`.
         weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
@@ -101,6 +103,7 @@ class RGD(keras.optimizers.Optimizer):
         self.nesterov = nesterov
         self.per_example = per_example
         self.chunk_size = chunk_size
+        self.per_example_choice = None
         self._applies_direction = False
 
     @property
@@ -151,14 +154,10 @@ class RGD(keras.optimizers.Optimizer):
                 "The optimizer has no state yet. Call optimizer.build(model.trainable_variables) "
                 "before the first step."
             )
-        image = DiffusionMatrix(gradients).image(gradients.gradient)
-        spectrum = DiffusionMatrix(gradients).spectrum_along(image, self.lambda_max.value)
-        epsilon = self.epsilon(spectrum, self.iterations)
-        self._record(spectrum, epsilon)
-        # eps D v, each factor in units of the gradient: no product of them leaves the dtype.
-        unit = image.unit
-        length = epsilon * (image.size / unit) * (image.alpha / unit) * image.norm
-        return vectors.add(gradients.gradient, image.direction, -length)
+        step = step_of(gradients, self.lambda_max.value)
+        epsilon = self.epsilon(step.spectrum, self.iterations)
+        self._record(step.spectrum, epsilon)
+        return step.direction(epsilon)
 
     def _record(self, spectrum, epsilon):
         unit = spectrum.unit

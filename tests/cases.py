@@ -29,6 +29,7 @@ class Case:
     class_weight: dict | None = None
     random: bool = False  # layers draw random numbers
     refusable: str | None = None  # the class that vectorized_map may refuse, by this name
+    opaque: bool = False  # layerwise must refuse this class, and nothing else
 
     def __str__(self):
         return self.name
@@ -259,6 +260,7 @@ def _dense(name, row, **kwargs):
 
 def _recurrent(name, row, *stack, **kwargs):
     kwargs.setdefault("refusable", row)
+    kwargs.setdefault("opaque", True)
     return _classifier(name, row, (T, 3), *stack, **kwargs)
 
 
@@ -382,6 +384,7 @@ CASES = [
         layer(L.BatchNormalization),
         layer(L.Activation, "tanh"),
         refusable="BatchNormalization",
+        opaque=True,
     ),
     _classifier(
         "batch_normalization_conv",
@@ -392,6 +395,7 @@ CASES = [
         layer(L.Activation, "relu"),
         layer(L.GlobalAveragePooling2D),
         refusable="BatchNormalization",
+        opaque=True,
     ),
     _classifier(
         "layer_normalization",
@@ -446,6 +450,7 @@ CASES = [
         xy(padded_integers, classes),
         loss=CROSSENTROPY,
         refusable="LSTM",
+        opaque=True,
     ),
     Case(
         "embedding_mask_loss",
@@ -477,7 +482,11 @@ CASES = [
     _recurrent("lstm", "LSTM", layer(L.LSTM, 3)),
     _recurrent("gru", "GRU", layer(L.GRU, 3)),
     _recurrent(
-        "lstm_unrolled", "LSTM(unroll=True)", layer(L.LSTM, 3, unroll=True), refusable="LSTM"
+        "lstm_unrolled",
+        "LSTM(unroll=True)",
+        layer(L.LSTM, 3, unroll=True),
+        refusable="LSTM",
+        opaque=False,
     ),
     _recurrent(
         "lstm_dropout",

@@ -25,6 +25,7 @@ class Step:
     state: list  # seeds and moving statistics after the step
     logs: dict
     refusal: ValueError | None = None
+    choice: str = ""  # of a way, and why
 
 
 @contextlib.contextmanager
@@ -87,6 +88,7 @@ def take(case, model, optimizer, mode="graph"):
         state=[v.numpy() for v in model.non_trainable_variables],
         logs={key: float(value) for key, value in logs.items()},
         refusal=refusal,
+        choice=str(getattr(inner, "per_example_choice", None)),
     )
 
 

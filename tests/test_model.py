@@ -35,6 +35,9 @@ all_modes = pytest.mark.parametrize("mode", steps.MODES)
 
 TOLERANCE = {"graph": 1e-5, "xla": 1e-4}
 
+WAYS = ("layerwise", "double_backward", "vectorized_map")
+all_ways = pytest.mark.parametrize("way", WAYS)
+
 
 def assert_equals_dense_D(step, dense, tolerance):
     assert step.refusal is None, step.refusal
@@ -56,8 +59,11 @@ def test_direction_equals_dense_D(case, mode):
 
 @all_modes
 @all_cases
-def test_vectorized_map_is_exact_or_refuses_a_layer_by_name(case, mode):
-    step = steps.step(case.name, "vectorized_map", mode)
+@pytest.mark.parametrize("way", ["layerwise", "vectorized_map"])
+def test_a_way_is_exact_or_refuses_a_layer_by_name(way, case, mode):
+    step = steps.step(case.name, way, mode)
+    if way == "layerwise":
+        assert bool(step.refusal) == case.opaque, step.refusal
     if step.refusal is None:
         assert_equals_dense_D(step, steps.oracle(case.name, mode), TOLERANCE[mode])
         return
@@ -67,21 +73,28 @@ def test_vectorized_map_is_exact_or_refuses_a_layer_by_name(case, mode):
     assert np.all(step.direction == 0)
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_direction_in_float64_equals_dense_D(name, way):
     step = steps.step(name, way, "graph", "float64")
-    if way == "vectorized_map" and step.refusal is not None:
+    if way != "double_backward" and step.refusal is not None:
         assert BY_NAME[name].refusable in str(step.refusal)
         return
     assert_equals_dense_D(step, steps.oracle(name, "graph", "float64"), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["dense", "batch_normalization", "dropout", "lstm"])
-def test_auto_takes_the_step_of_double_backward(name):
-    auto, explicit = (steps.step(name, way, "graph") for way in ("auto", "double_backward"))
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_auto_takes_layerwise_where_that_is_exact_and_says_why(name):
+    case = BY_NAME[name]
+    auto = steps.step(name, "auto", "graph")
+    explicit = steps.step(name, "double_backward" if case.opaque else "layerwise", "graph")
     np.testing.assert_array_equal(auto.direction, explicit.direction)
     assert auto.epsilon == explicit.epsilon
+    if case.opaque:
+        assert auto.choice.startswith("double_backward: Layer '")
+        assert case.refusable in auto.choice
+    else:
+        assert auto.choice == ("layerwise: examples do not mix; M_x is bounded by a Gram matrix")
 
 
 @pytest.mark.parametrize("name", ["regularizers", "loss_over_time"])
@@ -138,29 +151,29 @@ def test_eager_steps_equal_dense_D():
 @all_cases
 def test_half_of_the_bound_keeps_epsilon_below_it(case):
     for mode in steps.MODES:
-        for way in ("double_backward", "vectorized_map"):
+        for way in WAYS:
             step = steps.step(case.name, way, mode)
             if step.refusal is None:
                 M = steps.oracle(case.name, mode).lambda_max
                 assert 0.3 <= step.epsilon * M < 1
-                if way == "vectorized_map":
+                if way != "double_backward":
                     assert 0.5 * 0.95 <= step.epsilon * M <= 0.5 * (1 + 1e-5)
 
 
 @all_cases
 def test_recorded_weak_field_error_is_that_of_the_step_or_bounds_it(case):
-    for way in ("double_backward", "vectorized_map"):
+    for way in WAYS:
         step = steps.step(case.name, way, "graph")
         if step.refusal is not None:
             continue
         error = steps.oracle(case.name).error_on_step(step.epsilon)
-        if way == "vectorized_map":
+        if way != "double_backward":
             assert step.weak_field_error == pytest.approx(error, rel=1e-3, abs=1e-6)
         else:
             assert error * (1 - 1e-3) - 1e-6 <= step.weak_field_error < 0.5
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 @all_modes
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_direction_scales_with_the_loss(way, mode, scale):
@@ -194,7 +207,7 @@ def random_batches(case, count, n=cases.N):
 
 
 @all_modes
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_a_fixed_epsilon_of_0_is_sgd(way, mode):
     case = BY_NAME["regularizers"]
     batches = list(random_batches(case, 3))
@@ -205,7 +218,7 @@ def test_a_fixed_epsilon_of_0_is_sgd(way, mode):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 @pytest.mark.parametrize("name", ["dense", "regularizers"])
 def test_one_example_makes_it_plain_gradient_descent(name, way):
     case = BY_NAME[name]
@@ -221,7 +234,7 @@ def test_one_example_makes_it_plain_gradient_descent(name, way):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_equal_examples_make_it_plain_gradient_descent(way):
     case = BY_NAME["dense"]
     x, y, _ = case.batch()
@@ -232,7 +245,7 @@ def test_equal_examples_make_it_plain_gradient_descent(way):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_permuting_and_duplicating_the_batch_does_not_change_the_step(way):
     case = BY_NAME["weights_over_time"]
     x, y, w = case.batch()
@@ -246,15 +259,16 @@ def test_permuting_and_duplicating_the_batch_does_not_change_the_step(way):
         model.train_on_batch(x[index], y[index], w[index])
         direction = before - reference.flatten(model.trainable_variables)
         epsilon = float(optimizer.chosen_epsilon)
-        assert epsilon == pytest.approx(plain.epsilon, rel=2e-2)  # N^(1/128) depends on N
+        assert epsilon == pytest.approx(plain.epsilon, rel=4e-2)  # N^(1/16) depends on N
         expected = steps.oracle(case.name).direction(epsilon)
         assert reference.relative_error(direction, expected) < 1e-5
 
 
-def test_epsilon_stays_below_the_bound_on_every_step_of_a_training():
+@pytest.mark.parametrize("way", ["layerwise", "vectorized_map"])
+def test_epsilon_stays_below_the_bound_on_every_step_of_a_training(way):
     case = BY_NAME["dense"]
     model, twin = steps.build(case), steps.build(case, "float64")
-    optimizer = keras_rgd.RGD(0.5, epsilon=0.9, momentum=0.5, per_example="vectorized_map")
+    optimizer = keras_rgd.RGD(0.5, epsilon=0.9, momentum=0.5, per_example=way)
     case.compile(model, optimizer)
     with steps.floatx("float64"):
         case.compile(twin, "sgd")
@@ -272,7 +286,7 @@ def test_steps_without_a_gram_matrix_go_downhill():
     """1 - eps v^T D v / |v|^2 > 0, and nearly every step keeps eps below 1/M_x."""
     case = BY_NAME["dense"]
     model, twin = steps.build(case), steps.build(case, "float64")
-    optimizer = keras_rgd.RGD(0.5, epsilon=0.9)
+    optimizer = keras_rgd.RGD(0.5, epsilon=0.9, per_example="double_backward")
     case.compile(model, optimizer)
     with steps.floatx("float64"):
         case.compile(twin, "sgd")
@@ -345,7 +359,7 @@ class Weights(keras.callbacks.Callback):
 
 
 @all_modes
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_a_last_partial_batch_equals_dense_D(way, mode):
     case = BY_NAME["loss_over_time"]
     x, y, _ = case.batch()
@@ -379,22 +393,22 @@ def test_steps_per_execution_take_the_same_steps():
     x, y, _ = case.batch()
     results = []
     for steps_per_execution in (1, 3):
-        for way in ("double_backward", "vectorized_map"):
+        for way in WAYS:
             model = steps.build(case)
             optimizer = keras_rgd.RGD(0.5, per_example=way)
             case.compile(model, optimizer, steps_per_execution=steps_per_execution)
             model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0)
             assert int(optimizer.iterations) == 6
             results.append(reference.flatten(model.trainable_variables))
-    np.testing.assert_allclose(results[0], results[2], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(results[1], results[3], rtol=1e-6, atol=1e-7)
+    for one, three in zip(results[:3], results[3:], strict=True):
+        np.testing.assert_allclose(one, three, rtol=1e-6, atol=1e-7)
 
 
 def test_a_dataset_with_batches_of_unknown_size_trains():
     case = BY_NAME["dense"]
     x, y, _ = case.batch()
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-    for way in ("double_backward", "vectorized_map"):
+    for way in WAYS:
         model = steps.build(case)
         case.compile(model, keras_rgd.RGD(0.5, per_example=way))
         model.fit(data, epochs=1, shuffle=False, verbose=0)
@@ -443,7 +457,7 @@ def test_with_another_optimizer_it_is_its_parent(name):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_the_losses_of_several_outputs_are_averaged_as_under_sgd(way):
     case = BY_NAME["two_inputs_two_outputs"]
     x, y, _ = case.batch()
@@ -578,7 +592,7 @@ def test_a_clone_is_converted():
     converted = keras_rgd.to_rgd(clone)
     step = steps.take(case, converted, keras_rgd.RGD(1.0))
     np.testing.assert_array_equal(
-        step.direction, steps.step("dense", "double_backward", "graph").direction
+        step.direction, steps.step("dense", "layerwise", "graph").direction
     )
 
 
@@ -655,7 +669,7 @@ def test_a_model_that_may_override_something_is_told_to_take_the_mixin(parent):
 # half precision
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_half_precision_steps_are_near_dense_D(way):
     case = BY_NAME["dense_regression"]
     model, oracle = steps.build(case), steps.oracle("dense_regression")
@@ -673,7 +687,7 @@ def test_half_precision_steps_are_near_dense_D(way):
     assert 0.3 <= float(optimizer.chosen_epsilon) * oracle.lambda_max < 1
 
 
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@all_ways
 def test_an_overflowing_half_precision_step_is_skipped(way):
     case = BY_NAME["dense_regression"]
     keras.config.set_dtype_policy("mixed_float16")

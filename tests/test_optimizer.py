@@ -102,7 +102,7 @@ def test_its_variables_depend_on_weights_and_configuration_alone():
     weights = [keras.Variable(np.zeros((2, 3))), keras.Variable(np.zeros(3))]
     for options, momenta in [({}, 0), ({"momentum": 0.9}, 2), ({"momentum": 0.9}, 2)]:
         counts = set()
-        for way in ("auto", "vectorized_map", "double_backward"):
+        for way in ("auto", "layerwise", "vectorized_map", "double_backward"):
             for rule in (0.5, Fixed(1.0), WeakField(0.1), SCHEDULE):
                 optimizer = keras_rgd.RGD(epsilon=rule, per_example=way, **options)
                 optimizer.build(weights)

@@ -31,25 +31,29 @@ def dense_batch(n=6, shape=(5,)):
 
 
 MEASURED = [
-    ("dense", "vectorized_map"),
-    ("conv2d", "vectorized_map"),
-    ("dropout", "vectorized_map"),
-    ("batch_normalization", "vectorized_map"),
-    ("embedding_mask_loss", "vectorized_map"),
-    ("multi_head_attention", "vectorized_map"),
-    ("depthwise_conv2d", "one_by_one"),
-    ("conv3d", "one_by_one"),
+    ("dense", "layerwise"),
+    ("conv2d", "layerwise"),
+    ("dropout", "layerwise"),
+    ("batch_normalization", "layerwise"),
+    ("embedding_mask_loss", "layerwise"),
+    ("multi_head_attention", "layerwise"),
+    ("depthwise_conv2d", "layerwise"),
+    ("conv3d", "layerwise"),
     ("lstm", "one_by_one"),
-    ("dictionaries", "vectorized_map"),
+    ("dictionaries", "layerwise"),
+    ("weights_over_time", "layerwise"),
+    ("regularizers", "layerwise"),
+    ("shared_layer", "layerwise"),
+    ("own_compute_loss", "layerwise"),
+    ("dense", "vectorized_map"),
+    ("batch_normalization", "vectorized_map"),
     ("weights_over_time", "vectorized_map"),
-    ("regularizers", "vectorized_map"),
-    ("shared_layer", "vectorized_map"),
-    ("own_compute_loss", "double_backward"),
+    ("regularizers", "double_backward"),
 ]
 
 
-@pytest.mark.parametrize("name, chosen", MEASURED, ids=[name for name, _ in MEASURED])
-def test_every_operation_equals_the_dense_one(name, chosen):
+@pytest.mark.parametrize("name, way", MEASURED)
+def test_every_operation_equals_the_dense_one(name, way):
     case = BY_NAME[name]
     model, twin = steps.build(case), steps.build(case, "float64")
     x, y, weights = case.batch()
@@ -60,9 +64,10 @@ def test_every_operation_equals_the_dense_one(name, chosen):
             twin, *steps.cast((x, y, weights), "float64"), case.loss_shape, training=False
         )
     state = [v.numpy() for v in model.variables]
-    D = keras_rgd.diffusion_matrix(model, x, y, weights)
+    asked = "auto" if way in ("layerwise", "one_by_one") else way
+    D = keras_rgd.diffusion_matrix(model, x, y, weights, per_example=asked)
     gradients = D.gradients
-    assert gradients.way == chosen
+    assert gradients.way == way
     rng = np.random.default_rng(1)
     v, w = rng.normal(size=dense.G.shape[1]), rng.normal(size=len(dense.G))
     received = {
@@ -106,8 +111,9 @@ def test_chunks_change_no_number(name, chunk_size):
     case = BY_NAME[name]
     model = case.compile(steps.build(case), "adam")
     x, y, _ = case.batch()
-    whole = keras_rgd.diffusion_matrix(model, x, y)
-    parts = keras_rgd.diffusion_matrix(model, x, y, chunk_size=chunk_size)
+    way = "vectorized_map" if name == "conv2d" else "auto"
+    whole = keras_rgd.diffusion_matrix(model, x, y, per_example=way)
+    parts = keras_rgd.diffusion_matrix(model, x, y, per_example=way, chunk_size=chunk_size)
     np.testing.assert_allclose(parts.gram(), whole.gram(), rtol=1e-5, atol=1e-6)
     v = whole.gradients.gradient
     np.testing.assert_allclose(

@@ -13,7 +13,7 @@ TOLERANCE = {"graph": 1e-5, "xla": 1e-4}
 
 
 @pytest.mark.parametrize("mode", steps.MODES)
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+@pytest.mark.parametrize("way", ["layerwise", "double_backward", "vectorized_map"])
 def test_direction_equals_dense_D(way, mode):
     step, dense = steps.step("dense", way, mode), steps.oracle("dense", mode)
     assert step.refusal is None

@@ -1,5 +1,6 @@
 """Per-example gradients: the interface, the choice of a way, and one file for each way."""
 
+import dataclasses
 import functools
 import numbers
 
@@ -12,20 +13,23 @@ from keras_rgd.per_example.compiled import compiled_way
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.interface import PerExampleGradients, working_dtype
 from keras_rgd.per_example.lanes import Lanes
+from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.loss import batch_size
 
-WAYS = ("auto", "vectorized_map", "double_backward")
+WAYS = ("auto", "layerwise", "double_backward", "vectorized_map")
 
 # One chunk of gradients is held in memory; this is what it may take, in bytes.
 _CHUNK_BYTES = 2**30
 
 __all__ = [
     "WAYS",
+    "Choice",
     "PerExampleGradients",
     "batch_size",
     "check_batch",
     "check_model",
     "check_way",
+    "choose_way",
     "is_count",
     "make_way",
     "measuring_way",
@@ -96,27 +100,97 @@ def check_model(model):
         )
 
 
-def make_way(model, per_example, *, training, chunk_size=None, compiled=False):
-    """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The way that a model's training steps take, and why."""
 
-    Of the two ways, "auto" takes "double_backward": it is exact for every model and, measured,
-    the cheaper one by far.
+    way: str
+    reason: str
+    n_examples: int
+
+    def __str__(self):
+        return f"{self.way}: {self.reason}"
+
+
+def choose_way(model, per_example, x, y, sample_weight, *, training, dynamic, compiled):
+    """The way for a model's training steps, tried on the first batch.
+
+    "auto" takes "layerwise" where that is exact for the model, else "double_backward", which is
+    for every model. The model is left as it was.
 
     Args:
         model: a compiled, built model.
         per_example: one of `WAYS`.
+        x: the first batch's inputs.
+        y: its targets.
+        sample_weight: its sample weights or `None`.
         training: whether layers behave as in training.
-        chunk_size: examples whose gradients are held at once.
-        compiled: whether the caller compiles what it traces with XLA.
+        dynamic: whether the step is traced for batches of any size.
+        compiled: whether it is compiled with XLA.
+
+    Returns:
+        A `Choice`.
+
+    Raises:
+        ValueError: the way that was asked for is not exact for this model; names the layer.
     """
-    if per_example in ("auto", "double_backward"):
+    n = batch_size(x)
+    if per_example == "vectorized_map":
+        check_batch(model, x, y, sample_weight, training=training, compiled=compiled)
+    if per_example in ("double_backward", "vectorized_map"):
+        return Choice(per_example, "as asked for", n)
+    try:
+        if model.run_eagerly:
+            raise checks.NotExactError(
+                "With run_eagerly=True there is no traced step, which per_example='layerwise' "
+                "reads. Compile without it, or write per_example='double_backward' (or 'auto')."
+            )
+        if n == 1 and per_example == "auto":
+            raise checks.NotExactError(
+                "The first batch is one example, which cannot show whether examples mix."
+            )
+        found = checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
+    except checks.NotExactError as error:
+        if per_example == "layerwise":
+            raise
+        return Choice("double_backward", str(error).split(" per_example=")[0], n)
+    if found.gram_is_cheap:
+        return Choice("layerwise", "examples do not mix; M_x is bounded by a Gram matrix", n)
+    times = found.gram_work / found.step_work
+    reason = (
+        f"examples do not mix; M_x is estimated, as at N = {n} a Gram matrix would take "
+        f"{times:.1f} times the products of an SGD step"
+    )
+    return Choice("layerwise", reason, n)
+
+
+def make_way(model, per_example, *, training, chunk_size=None, compiled=False, n_examples=64):
+    """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
+
+    Args:
+        model: a compiled, built model.
+        per_example: one of `WAYS` but "auto", which is for `choose_way`.
+        training: whether layers behave as in training.
+        chunk_size: examples whose gradients "vectorized_map" holds at once.
+        compiled: whether the caller compiles what it traces with XLA.
+        n_examples: N, to count work by where the trace does not know it.
+    """
+    if per_example == "double_backward":
         return functools.partial(_double_backward, model, training, chunk_size)
+    if per_example == "layerwise":
+        return functools.partial(_layerwise, model, training, n_examples, compiled)
     rows = lanes.rows_function(model, training, lanes.vectorized, compiled)
     return functools.partial(_lanes, model, training, chunk_size, rows, per_example)
 
 
 def _double_backward(model, training, chunk_size, x, y, sample_weight=None, loss_scale=1.0):
     return DoubleBackward(model, x, y, sample_weight, training, loss_scale, chunk_size)
+
+
+def _layerwise(
+    model, training, n, compiled, x, y, sample_weight=None, loss_scale=1.0, precise=False
+):
+    return Layerwise(model, x, y, sample_weight, training, loss_scale, n, compiled, precise)
 
 
 def _lanes(model, training, chunk_size, rows, way, x, y, sample_weight=None, loss_scale=1.0):
@@ -155,9 +229,10 @@ def _trial_error(model, x, y, sample_weight, training, compiled):
 def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", chunk_size=None):
     """A function (x, y, sample_weight) -> `PerExampleGradients` for use outside a graph.
 
-    "auto" takes one example a lane where that is exact for this model, with `tf.vectorized_map`
-    where it can run it, else one backward pass an example ("one_by_one"); else
-    "double_backward", whose Gram matrix costs N backward passes over the batch.
+    "auto" takes "layerwise" where that is exact for this model; else one example a lane where
+    that is, with `tf.vectorized_map` where it can run it, or one backward pass an example
+    ("one_by_one"); else "double_backward", whose Gram matrix costs N backward passes over the
+    batch.
 
     Args:
         model: a compiled, built model.
@@ -170,21 +245,26 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
             in 1 GiB.
 
     Raises:
-        ValueError: "vectorized_map" is asked for and not exact or not possible.
+        ValueError: the way that was asked for is not exact or not possible.
     """
     check_way(per_example, chunk_size)
     way = per_example
     if way == "auto":
         way = _measuring_choice(model, x, y, sample_weight, training)
+    elif way == "layerwise":
+        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=_takes_any_size(model))
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
+    if way == "layerwise":
+        make = make_way(model, way, training=training, n_examples=batch_size(x))
+        return functools.partial(compiled_way(functools.partial(make, precise=True), way), model)
     if chunk_size is None:
         weights = [w.value for w in model.trainable_variables]
         row = working_dtype(weights).size * vectors.size(weights)
         chunk_size = max(1, _CHUNK_BYTES // row)
     if way == "double_backward":
-        compiled = compiled_way(make_way(model, way, training=training, chunk_size=chunk_size))
-        return functools.partial(compiled, model)
+        make = make_way(model, way, training=training, chunk_size=chunk_size)
+        return functools.partial(compiled_way(make, way), model)
     mapping = lanes.one_by_one if way == "one_by_one" else lanes.vectorized
     rows = lanes.rows_function(model, training, mapping)
 
@@ -200,8 +280,19 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
 
 def _measuring_choice(model, x, y, sample_weight, training):
     try:
+        if batch_size(x) > 1:
+            dynamic = _takes_any_size(model)
+            checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
+            return "layerwise"
+    except checks.NotExactError:
+        pass
+    try:
         checks.check_exact(model, x, y, sample_weight, training)
         error = _trial_error(model, x, y, sample_weight, training, compiled=False)
     except checks.NotExactError:
         return "double_backward"
     return "vectorized_map" if error is None else "one_by_one"
+
+
+def _takes_any_size(model):
+    return all(t.shape[0] is None for t in getattr(model, "inputs", None) or [])

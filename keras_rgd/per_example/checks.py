@@ -1,4 +1,4 @@
-"""Whether one example a lane is exact for a model: asked of the model, not of its layers' names.
+"""Whether a way is exact for a model: asked of the model, not of its layers' names.
 
 All of it runs eagerly on one batch and leaves the model as it was: weights, seed generators, moving
 statistics, states and metrics.
@@ -14,7 +14,9 @@ from keras_rgd import vectors
 from keras_rgd.per_example import lanes
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.interface import working_dtype
-from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+from keras_rgd.per_example.layerwise import Layerwise
+from keras_rgd.per_example.loss import batch_size, call_model, example_losses, replaced
+from keras_rgd.per_example.uses import NotVisibleError
 
 # NumPy's finfo does not know bfloat16.
 _EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
@@ -28,8 +30,18 @@ _ADVICE = (
 )
 
 
+_LAYERWISE_ADVICE = (
+    "per_example='layerwise' reads each example's gradient off one backward pass over the batch. "
+    "Write per_example='double_backward' (or 'auto') instead."
+)
+
+
 class NotExactError(ValueError):
     """One example a lane would not give this model's per-example gradients."""
+
+
+class _NotApartError(Exception):
+    """What should have one row an example has not."""
 
 
 class NotVectorizableError(ValueError):
@@ -105,6 +117,144 @@ def check_exact(model, x, y, sample_weight, training):
             f"The loss of one example depends on the outputs of other examples: loss={model.loss}."
             f" {_ADVICE}"
         )
+
+
+def check_layerwise(model, x, y, sample_weight, training, dynamic):
+    """Raise `NotExactError` unless "layerwise" is exact on this batch, with these weights and near.
+
+    It is where sum_i w_i g_i for arbitrary w is what ordinary differentiation of sum_i w_i f_i
+    gives: any example that another's loss depends on, and any use of a weight that was not seen,
+    would break that. Weights that start at zero hide what lies before them, so it is asked again
+    with the weights a little off.
+
+    Args:
+        model: a compiled, built model.
+        x: the batch's inputs.
+        y: its targets.
+        sample_weight: its sample weights or `None`.
+        training: whether layers behave as in training.
+        dynamic: whether the step is traced for batches of any size.
+
+    Returns:
+        The `Layerwise` that was traced; its tensors have no values.
+
+    Raises:
+        NotExactError: names the layer that mixes examples or hides what it does with its weights.
+    """
+    whole = (x, y, sample_weight)
+    if dynamic:
+        whole = first_examples(whole, _EXAMPLES)
+    traced = []
+
+    def by_uses(batch, w):
+        way = Layerwise(model, *batch, training=training, n=batch_size(x))
+        traced.append(way)
+        try:
+            return vectors.add(way.gradient, way.combine(w)), way.squares(w)
+        except (ValueError, TypeError) as error:
+            raise _NotApartError(_reason(error)) from error
+
+    def ordinary(batch, w):
+        return _ordinary_combination(model, *batch, training, w)
+
+    run_by_uses, run_ordinary = (
+        _traced_for_batches(f, whole, dynamic) for f in (by_uses, ordinary)
+    )
+    rng = np.random.default_rng(0)
+    dtype = working_dtype([w.value for w in model.trainable_variables])
+    w = tf.constant(rng.normal(size=batch_size(whole[0])), dtype)
+    wrong = None
+    try:
+        for noise in (0.0, 0.1):
+            with unchanged(model):
+                _shake(model, noise, rng)
+                # Both draw the same random numbers.
+                with unchanged(model):
+                    ours, squares = run_by_uses(w)
+                with unchanged(model):
+                    theirs = run_ordinary(w)
+                wrong = wrong or _first_unequal(model, ours, theirs)
+                if not wrong and _differ(min(squares), max(squares), 10 * _tolerance(model)):
+                    wrong = "a weight"
+    except NotVisibleError as error:
+        variable = model.trainable_variables[error.weight]
+        owner = [a for a in model._flatten_layers() if any(v is variable for v in a.variables)][-1]
+        raise NotExactError(
+            f"Layer {_names([owner])} uses its weight '{variable.path}' in {error}, where "
+            f"per-example gradients cannot be read off. {_LAYERWISE_ADVICE}"
+        ) from error
+    except (_NotApartError, tf.errors.OpError) as error:
+        # Sizes that do not fit: something has lost its axis of examples.
+        wrong = f"a weight ({_reason(error)})"
+    if wrong is None:
+        return traced[-1]
+    mixing = _layer_that_mixes(model, whole[0], training)
+    if mixing is not None:
+        raise NotExactError(
+            f"Layer {_names([mixing])} gives an example an output that depends on the other "
+            f"examples of the batch, or on random numbers. {_LAYERWISE_ADVICE}"
+        )
+    raise NotExactError(
+        "The loss of one example depends on the other examples of the batch, or reaches "
+        f"{wrong} by another way than the model's output: loss={model.loss}. {_LAYERWISE_ADVICE}"
+    )
+
+
+def _ordinary_combination(model, x, y, sample_weight, training, w):
+    """grad(L(1) + sum_i w_i f_i) by ordinary differentiation, a list of tensors."""
+    n = batch_size(x)
+    weights = [v.value for v in model.trainable_variables]
+    with tf.GradientTape() as tape:
+        u = tf.ones([n], w.dtype)
+        y_pred = call_model(model, x, training)
+        loss, derivatives = example_losses(model, x, y, y_pred, sample_weight, u, training)
+        losses = tf.cast(n, w.dtype) * tf.cast(derivatives, w.dtype)
+        target = tf.cast(loss, w.dtype) + tf.reduce_sum(w * losses)
+    gradient = tape.gradient(target, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return [tf.cast(tf.convert_to_tensor(g), w.dtype) for g in gradient]
+
+
+def _traced_for_batches(function, batch, dynamic):
+    """`function(batch, w)` as a graph function of the batch's tensors, sizes open if `dynamic`."""
+    flat = keras.tree.flatten(batch)
+    tensors = [tf.convert_to_tensor(t) for t in flat if t is not None]
+
+    def packed(tensors, w):
+        tensors = iter(tensors)
+        given = [None if t is None else next(tensors) for t in flat]
+        return function(keras.tree.pack_sequence_as(batch, given), w)
+
+    def open_size(t):
+        return tf.TensorSpec([None, *t.shape[1:]] if dynamic else t.shape, t.dtype)
+
+    traced = tf.function(packed, autograph=False)
+
+    def run(w):
+        signature = [open_size(t) for t in tensors], open_size(w)
+        return traced.get_concrete_function(*signature)(tensors, w)
+
+    return run
+
+
+def _shake(model, noise, rng):
+    """Move each trainable weight by about `noise` of its size; away from 0 where it is 0."""
+    for variable in model.trainable_variables if noise else []:
+        value = keras.ops.convert_to_numpy(variable).astype("float64")
+        moved = value * (1 + noise * rng.normal(size=value.shape))
+        off = noise * rng.normal(size=value.shape)
+        variable.assign(np.where(value == 0, off, moved))
+
+
+def _first_unequal(model, ours, ordinary):
+    """The path of the first weight where two gradients differ by more than rounding, or None."""
+    tolerance, whole = 10 * _tolerance(model), vectors.norm(ordinary)
+    for variable, a, b in zip(model.trainable_variables, ours, ordinary, strict=True):
+        # What overflows cannot be compared.
+        if not bool(tf.math.is_finite(vectors.norm([b]))):
+            continue
+        if not vectors.norm([a - b]) <= tolerance * vectors.norm([b]) + tolerance**2 * whole:
+            return f"'{variable.path}'"
+    return None
 
 
 def check_gradient(model, x, y, sample_weight, training, received):
@@ -247,24 +397,14 @@ def _loss_mixes(model, x, y, sample_weight, training):
         u = tf.ones([n], working_dtype([w.value for w in model.trainable_variables]))
         _, ours = example_losses(model, x, y, y_pred, sample_weight, u, training)
         for kept in _halves(n):
-            changed = keras.tree.map_structure(lambda t, k=kept: _others_replaced(t, k, x), y_pred)
+            # The noise is for outputs that are all alike, as those of a head that starts at zero.
+            changed = replaced(
+                y_pred, lambda t, k=kept: _replaced(t, k, noise=0.1) if _per_example(t, x) else t
+            )
             _, theirs = example_losses(model, x, y, changed, sample_weight, u, training)
             if _differ(ours[kept], theirs[kept], _tolerance(model)):
                 return True
     return False
-
-
-def _others_replaced(tensor, kept, x):
-    if not _per_example(tensor, x):
-        return tensor
-    # The noise is for outputs that are all alike, as those of a head that starts at zero.
-    replaced = _replaced(tensor, kept, noise=0.1)
-    if hasattr(tensor, "_keras_logits"):
-        replaced._keras_logits = _replaced(tensor._keras_logits, kept, noise=0.1)
-    mask = getattr(tensor, "_keras_mask", None)
-    if mask is not None:
-        replaced._keras_mask = mask
-    return replaced
 
 
 def _calls(model, x, training):

@@ -7,8 +7,8 @@ from keras_rgd.per_example.interface import PerExampleGradients
 from keras_rgd.per_example.loss import batch_size
 
 
-def compiled_way(way):
-    """The way `way(x, y, sample_weight)`, with its operations as graph functions.
+def compiled_way(make, way):
+    """`make(x, y, sample_weight)`, with its operations as graph functions.
 
     Each operation repeats the forward pass from the same seeds and moving statistics, and leaves
     them as they were.
@@ -16,27 +16,25 @@ def compiled_way(way):
 
     @tf.function(reduce_retracing=True)
     def start(x, y, sample_weight):
-        gradients = way(x, y, sample_weight)
+        gradients = make(x, y, sample_weight)
         return gradients.loss, gradients.y_pred, gradients.gradient
 
     def operation(name):
         @tf.function(reduce_retracing=True)
         def run(batch, *arguments):
-            return getattr(way(*batch), name)(*arguments)
+            return getattr(make(*batch), name)(*arguments)
 
         return run
 
     operations = {name: operation(name) for name in ("dot", "combine", "combine_many", "gram")}
-    return lambda model, *batch: Compiled(model, batch, start, operations)
+    return lambda model, *batch: Compiled(way, model, batch, start, operations)
 
 
 class Compiled(PerExampleGradients):
-    """One batch's per-example gradients by "double_backward", for use outside a graph."""
+    """One batch's per-example gradients, each operation a graph function of the batch."""
 
-    way = "double_backward"
-    gram_is_cheap = False
-
-    def __init__(self, model, batch, start, operations):
+    def __init__(self, way, model, batch, start, operations):
+        self.way, self.gram_is_cheap = way, way == "layerwise"
         self._model, self._batch, self._operations = model, batch, operations
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(batch[0])

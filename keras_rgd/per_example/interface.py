@@ -1,8 +1,22 @@
 """What the rest of the package asks of per-example gradients: three operations."""
 
 import abc
+import dataclasses
 
 import tensorflow as tf
+
+from keras_rgd import vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSpace:
+    """The gradients and v = grad L(1) as a step sees them that has a Gram matrix."""
+
+    gram: tf.Tensor  # <g_i - c, g_j - c> / unit**2 for some c, (N, N)
+    products: tf.Tensor  # <g_i, v> / unit**2, (N,)
+    square: tf.Tensor  # |v|^2 / unit**2, ()
+    largest: tf.Tensor  # the largest |g_i|^2 / unit**2, (): rounding is relative to it
+    unit: tf.Tensor  # of the order of the gradients' entries, ()
 
 
 class PerExampleGradients(abc.ABC):
@@ -62,6 +76,41 @@ class PerExampleGradients(abc.ABC):
             w,
             fn_output_signature=[tf.TensorSpec(w.shape, self.dtype) for w in self.weights],
         )
+
+    def reweighted(self, m):
+        """Grad r + (1/N) sum_i m_i g_i, a list of tensors shaped as the weights; v for m = 1.
+
+        Args:
+            m: the examples' multipliers, shape (N,).
+        """
+        n = tf.cast(self.n_examples, self.dtype)
+        return vectors.add(self.gradient, self.combine((m - 1) / n))
+
+    def example_space(self):
+        """What a step on v needs, an `ExampleSpace`; where `gram_is_cheap`."""
+        mean = self.mean()
+        unit = self.unit(mean)
+        v = vectors.scale(self.gradient, 1 / unit)
+        gram, shift = self.gram(mean, unit), vectors.norm(mean) / unit
+        return ExampleSpace(
+            gram=gram,
+            products=self.dot(v) / unit,
+            square=vectors.inner(v, v),
+            largest=tf.reduce_max(tf.linalg.diag_part(gram)) + tf.square(shift),
+            unit=unit,
+        )
+
+    def unit(self, mean):
+        """A positive scalar of the order of the gradients: their squares in it stay in range.
+
+        Args:
+            mean: `self.mean()`.
+        """
+        signs = tf.cast(1 - 2 * (tf.range(self.n_examples) % 2), self.dtype)
+        # The mean alone is nearly 0 at a minimum.
+        other = self.combine(signs / tf.cast(self.n_examples, self.dtype))
+        size = tf.maximum(vectors.norm(mean), vectors.norm(other))
+        return tf.where(size > 0, size, tf.ones_like(size))
 
     def mean(self):
         """Gbar = (1/N) sum_i g_i, without the gradient of r."""

@@ -18,14 +18,14 @@ from keras_rgd.per_example.interface import (
     gram_of_rows,
     products,
 )
-from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+from keras_rgd.per_example.loss import batch_size, call_model, example_losses, what_losses_read
 
 # A batched matrix product that vectorizing makes out of attention crashes the process in TF's
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
-_CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}
+CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}
 
 # What tf.vectorized_map fails on, after long tracing and pages of log; loops also under XLA only.
-_NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
+NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
 
 
 class Lanes(PerExampleGradients):
@@ -144,15 +144,6 @@ class Lanes(PerExampleGradients):
         return gram[: self.n_examples, : self.n_examples]
 
 
-def what_losses_read(y_pred):
-    """The tensors of a model's output that a loss may read, a flat list.
-
-    Keras lets a softmax or a sigmoid carry its logits, and its losses then read those instead.
-    """
-    outputs = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
-    return outputs + [t._keras_logits for t in outputs if hasattr(t, "_keras_logits")]
-
-
 def _dot(rows, v):
     return products(rows, [x[None] for x in v])[:, 0]
 
@@ -218,13 +209,13 @@ def vectorized(lane, signature, compiled):
 
     def rows(*chunk):
         used = _operations(lane, chunk)
-        if used & _NOT_VECTORIZED:
+        if used & NOT_VECTORIZED:
             raise ValueError(
-                f"tf.vectorized_map has no rule for {', '.join(sorted(used & _NOT_VECTORIZED))}"
+                f"tf.vectorized_map has no rule for {', '.join(sorted(used & NOT_VECTORIZED))}"
             )
         with quiet():
             mapped = tf.vectorized_map(lane, chunk, fallback_to_while_loop=False)
-        crashes.append(bool(used & _CRASH_UNCOMPILED))
+        crashes.append(bool(used & CRASH_UNCOMPILED))
         return mapped
 
     crashes = []

@@ -23,6 +23,35 @@ def call_model(model, x, training):
     return model(x)
 
 
+def what_losses_read(y_pred):
+    """The tensors of a model's output that a loss may read, a flat list.
+
+    Keras lets a softmax or a sigmoid carry its logits, and its losses then read those instead.
+    """
+    outputs = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
+    return outputs + [t._keras_logits for t in outputs if hasattr(t, "_keras_logits")]
+
+
+def replaced(y_pred, function):
+    """A model's output with `function` applied to each floating tensor that a loss may read.
+
+    What Keras hangs on a tensor, its logits and its mask, comes along.
+    """
+
+    def one(tensor):
+        if not tf.is_tensor(tensor) or not tensor.dtype.is_floating:
+            return tensor
+        new = function(tensor)
+        if hasattr(tensor, "_keras_logits"):
+            new._keras_logits = function(tensor._keras_logits)
+        mask = getattr(tensor, "_keras_mask", None)
+        if mask is not None:
+            new._keras_mask = mask
+        return new
+
+    return keras.tree.map_structure(one, y_pred)
+
+
 def example_losses(model, x, y, y_pred, sample_weight, u, training):
     """L(u) and its derivatives by the weights u of the examples.
 

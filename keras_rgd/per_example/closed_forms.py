@@ -1,0 +1,467 @@
+"""Per-example gradients of one use of a weight, from its input and the gradient at its output.
+
+Each form answers for the tensor T that joins the examples (see `uses`): `rows()`, the gradients
+themselves, shape (N, |T|); `dot(v)`, `combine(w)` and `gram()` without them where that is less
+work, as in mixed ghost clipping (Bu et al., arXiv 2205.10683).
+"""
+
+import abc
+import functools
+import math
+
+import tensorflow as tf
+
+# A guess where the trace does not tell how many places of an example use a weight.
+_PLACES = 64
+
+# Rows are kept for later products where they take at most so many times the room of the factors.
+_ROOM = 2
+
+# Entries that the tables of all examples may have together, where the Gram matrix needs them.
+_TABLE_ENTRIES = 2**26
+
+
+class NoFormError(ValueError):
+    """An operation for which there is no closed form."""
+
+
+class Form(abc.ABC):
+    """The gradients by T, one for each example.
+
+    Work is counted in multiply-adds, for N as far as it is known when the step is traced.
+
+    Attributes:
+        shape: T's shape, a list.
+        work: of the operation itself, forward.
+        gram_work: of `gram`, or of the rows and their products.
+        has_rows: whether rows are formed anyway, as for a Gram matrix.
+    """
+
+    work: int
+    gram_work: int
+    has_rows = False
+
+    def __init__(self, shape):
+        self.shape = list(shape)
+
+    @property
+    def size(self):
+        """Entries of T."""
+        return math.prod(self.shape)
+
+    @functools.cached_property
+    def rows(self):
+        """The gradients, a list of pieces (N, k) that together are T flattened row by row."""
+        return self._rows()
+
+    @abc.abstractmethod
+    def _rows(self):
+        """As `rows`, formed anew."""
+
+    def dot(self, v):
+        """<g_i, v>, shape (N,), for v shaped as T."""
+        parts = tf.split(tf.reshape(v, [-1]), [rows.shape[1] for rows in self.rows])
+        return tf.add_n([tf.linalg.matvec(r, p) for r, p in zip(self.rows, parts, strict=True)])
+
+    def combine(self, w):
+        """sum_i w_i g_i, shaped as T, for w of shape (N,)."""
+        parts = [tf.linalg.matvec(rows, w, transpose_a=True) for rows in self.rows]
+        return tf.reshape(tf.concat(parts, 0) if len(parts) > 1 else parts[0], self.shape)
+
+    def gram(self, outer):
+        """<g_i, g_j>, shape (N, N), or `None` where the rows are the way to it.
+
+        Args:
+            outer: an `Outer`.
+        """
+        return None
+
+
+class Elementwise(Form):
+    """T enters elementwise, broadcast: the gradient is summed where T was repeated.
+
+    Args:
+        gradient: by T as it was broadcast, shape (N, ...).
+        shape: T's shape.
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, gradient, shape, n):
+        super().__init__(shape)
+        rank = gradient.shape.rank - 1
+        if len(shape) == rank + 1 and shape[0] == 1:
+            shape = shape[1:]
+        if len(shape) > rank:
+            raise NoFormError("the weight has an entry for each example")
+        shape = [1] * (rank - len(shape)) + list(shape)
+        summed = [
+            axis + 1
+            for axis, (t, z) in enumerate(zip(shape, gradient.shape[1:], strict=True))
+            if t == 1 and z != 1
+        ]
+        self._gradient = tf.reduce_sum(gradient, summed) if summed else gradient
+        self.work, self.gram_work = 0, n * n * self.size
+
+    def gram(self, outer):
+        # A bias shares its gradient with the product before it.
+        return outer(self._gradient) if self._gradient in outer else None
+
+    def _rows(self):
+        return [tf.reshape(self._gradient, [-1, self.size])]
+
+
+class Mapped(Form):
+    """Rows that were formed one example at a time.
+
+    Args:
+        rows: shape (N, |T|).
+        shape: T's shape.
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, rows, shape, n):
+        super().__init__(shape)
+        self._all = rows
+        self.work, self.gram_work = n * self.size, n * n * self.size
+
+    def _rows(self):
+        return [self._all]
+
+
+class Contraction(Form):
+    """T is a matrix, or several: g_i = sum_p left_ip right_ip^T.
+
+    Args:
+        left: shape (N, A) or (N, ..., P, A).
+        right: shape (N, B) or (N, ..., P, B).
+        shape: of T, whose entries are (..., A, B) in `order`.
+        n: N, or a guess of it, to count work by.
+        order: the permutation that takes the axes of `split` to T's; `None` where they are T's.
+        split: the shape before the permutation.
+    """
+
+    def __init__(self, left, right, shape, n, order=None, split=None):
+        super().__init__(shape)
+        self._left, self._right, self._n = left, right, n
+        self._order, self._split = order, split
+        places = self._places or _PLACES
+        self.work = n * places * self.size
+        ghost = n * n * places * places * (left.shape[-1] + right.shape[-1])
+        through_rows = n * places * self.size + n * n * self.size
+        # Products of positions instead of rows where that is less work.
+        plain = left.shape.rank <= 3 and self._places is not None
+        self._ghost = plain and (places == 1 or ghost < through_rows)
+        self.gram_work = ghost if self._ghost else through_rows
+
+    @classmethod
+    def mergeable(cls, forms):
+        """Whether `merged` takes these forms: plain products with the same matrix."""
+        return all(type(f) is cls and f._left.shape.rank <= 3 for f in forms) and (
+            len({(str(f._order), str(f._split), f._left.shape[-1]) for f in forms}) == 1
+        )
+
+    @classmethod
+    def merged(cls, forms):
+        """One form for several products with one matrix: g_i is the sum of theirs."""
+        first = forms[0]
+        left, right = (
+            tf.concat([t if t.shape.rank == 3 else t[:, None] for t in factors], 1)
+            for factors in ([f._left for f in forms], [f._right for f in forms])
+        )
+        return cls(left, right, first.shape, first._n, first._order, first._split)
+
+    @property
+    def _one_position(self):
+        return self._left.shape.rank == 2
+
+    @property
+    def _places(self):
+        return 1 if self._one_position else self._left.shape[-2]
+
+    def _rows(self):
+        if self._one_position:
+            rows = self._left[:, :, None] * self._right[:, None, :]
+        else:
+            rows = tf.matmul(self._left, self._right, transpose_a=True)
+        return [self._arranged(rows)]
+
+    def _arranged(self, rows):
+        if self._order is not None:
+            rows = tf.reshape(rows, [-1, *self._split])
+            rows = tf.transpose(rows, [0, *(axis + 1 for axis in self._order)])
+        return tf.reshape(rows, [-1, self.size])
+
+    def _back(self, v):
+        """V as a (..., A, B)."""
+        if self._order is not None:
+            inverse = [self._order.index(i) for i in range(len(self._order))]
+            v = tf.transpose(tf.reshape(v, self.shape), inverse)
+        batch = self._left.shape[1:-2] if not self._one_position else []
+        return tf.reshape(v, [*batch, self._left.shape[-1], self._right.shape[-1]])
+
+    @property
+    def _rows_are_small(self):
+        """Whether there are rows, and they take little more room than the factors."""
+        if self._ghost or not self.has_rows or self._places is None:
+            return False
+        a, b = self._left.shape[-1], self._right.shape[-1]
+        return a * b <= _ROOM * self._places * (a + b)
+
+    def dot(self, v):
+        if self._rows_are_small:
+            return super().dot(v)
+        through = tf.matmul(self._left, self._back(v)) * self._right
+        return tf.reduce_sum(through, list(range(1, through.shape.rank)))
+
+    def combine(self, w):
+        if self._rows_are_small:
+            return super().combine(w)
+        right = self._right * _column(w, self._right)
+        if self._left.shape.rank > 3:
+            combined = tf.einsum("n...pa,n...pb->...ab", self._left, right)
+        else:
+            combined = tf.matmul(_flat(self._left), _flat(right), transpose_a=True)
+        return tf.reshape(self._arranged(combined[None]), self.shape)
+
+    def gram(self, outer):
+        if not self._ghost:
+            return None
+        if self._one_position:
+            return outer(self._left) * outer(self._right)
+        left, right = _flat(self._left), _flat(self._right)
+        p = self._left.shape[1]
+        products = tf.reshape(outer(left) * outer(right), [-1, p, tf.shape(left)[0] // p, p])
+        return tf.reduce_sum(products, [1, 3])
+
+
+class Convolution(Form):
+    """T is the kernel of a convolution: its rows from shifted images.
+
+    Args:
+        image: what the kernel slides over, (N * P, *space, A).
+        response: what each place has to do with, (N * P, *places, B).
+        shape: of the kernel, (*window, A, B).
+        strides: of the window.
+        dilations: of the window.
+        padding: "SAME" or "VALID".
+        positions: P.
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, image, response, shape, strides, dilations, padding, positions, n):
+        super().__init__(shape)
+        self._image, self._response, self._n = image, response, n
+        self._window = self.shape[:-2]
+        self._strides, self._dilations, self._padding = strides, dilations, padding
+        self._positions = positions
+        self._places = list(response.shape[1:-1])
+        if None in image.shape[1:] or None in self._places or positions is None:
+            raise NoFormError("a convolution over a space of unknown extent")
+        self._p = p = positions * math.prod(self._places)
+        self.work = n * p * self.size
+        ghost = n * n * p * p * (self._patch + self.shape[-1])
+        through_rows = self.work + n * n * self.size
+        self._ghost = ghost < through_rows
+        self.gram_work = min(ghost, through_rows)
+
+    @functools.cached_property
+    def _shifted(self):
+        """The image under each place of the window, a list of (N * P, *places, A)."""
+        space = self._image.shape[1:-1]
+        pads, slices = [[0, 0]], []
+        for extent, places, window, stride, dilation in zip(
+            space, self._places, self._window, self._strides, self._dilations, strict=True
+        ):
+            needed = max((places - 1) * stride + (window - 1) * dilation + 1 - extent, 0)
+            before = needed // 2 if self._padding == "SAME" else 0
+            pads.append([before, needed - before])
+            last = (places - 1) * stride + 1
+            slices.append([slice(k * dilation, k * dilation + last, stride) for k in range(window)])
+        image = self._image
+        if any(sum(pad) for pad in pads):
+            image = tf.pad(image, [*pads, [0, 0]])
+        shifts = [[]]
+        for axis in slices:
+            shifts = [[*shift, s] for shift in shifts for s in axis]
+        return [image[(slice(None), *shift)] for shift in shifts]
+
+    def _of_examples(self, t):
+        return tf.reshape(t, [-1, self._p, t.shape[-1]])
+
+    def _rows(self):
+        response = self._of_examples(self._response)
+        products = [
+            tf.matmul(self._of_examples(image), response, transpose_a=True)
+            for image in self._shifted
+        ]
+        # One product for each place of the window; side by side they would be copied again.
+        return [tf.reshape(t, [-1, self.shape[-2] * self.shape[-1]]) for t in products]
+
+    @property
+    def _patch(self):
+        return math.prod(self.shape[:-1])
+
+    @property
+    def _rows_are_small(self):
+        places = self._p * self.shape[-1] + self._positions * math.prod(self._image.shape[1:])
+        return self.has_rows and not self._ghost and self.size <= _ROOM * places
+
+    def dot(self, v):
+        if self._rows_are_small:
+            return super().dot(v)
+        through = self._slide(v) * self._response
+        return tf.reduce_sum(tf.reshape(through, [-1, self._p * self.shape[-1]]), 1)
+
+    def combine(self, w):
+        if self._rows_are_small:
+            return super().combine(w)
+        if self._positions > 1:
+            w = tf.repeat(w, self._positions)
+        return self._kernel_gradient(self._response * _column(w, self._response))
+
+    def _arguments(self):
+        strides, dilations = [1, *self._strides, 1], [1, *self._dilations, 1]
+        return dict(strides=strides, dilations=dilations, padding=self._padding)
+
+    def _slide(self, v):
+        function = tf.raw_ops.Conv2D if len(self._window) == 2 else tf.raw_ops.Conv3D
+        return function(input=self._image, filter=tf.reshape(v, self.shape), **self._arguments())
+
+    def _kernel_gradient(self, response):
+        two = len(self._window) == 2
+        function = tf.raw_ops.Conv2DBackpropFilter if two else tf.raw_ops.Conv3DBackpropFilterV2
+        return function(
+            input=self._image,
+            filter_sizes=self.shape,
+            out_backprop=response,
+            **self._arguments(),
+        )
+
+    def gram(self, outer):
+        if not self._ghost:
+            return None
+        patches = tf.concat([self._of_examples(image) for image in self._shifted], -1)
+        response = self._of_examples(self._response)
+        form = Contraction(patches, response, [self._patch, self.shape[-1]], self._n)
+        return form.gram(outer)
+
+
+class Depthwise(Form):
+    """T is the kernel of a depthwise convolution: the examples stand side by side as channels.
+
+    Args:
+        image: (N * P, height, width, A).
+        response: (N * P, height, width, A * M).
+        shape: of the kernel, (height, width, A, M).
+        arguments: strides, padding, dilations as of the operation.
+        positions: P.
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, image, response, shape, arguments, positions, n):
+        super().__init__(shape)
+        self._image, self._response = image, response
+        self._arguments, self._positions = arguments, positions
+        if None in image.shape[1:] or positions is None:
+            raise NoFormError("a convolution over a space of unknown extent")
+        self.work = n * positions * math.prod(response.shape[1:]) * shape[0] * shape[1]
+        self.gram_work = self.work + n * n * self.size
+
+    def _rows(self):
+        height, width, channels, multiplier = self.shape
+        n = tf.shape(self._image)[0]
+        kernels = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+            input=self._side_by_side(self._image),
+            filter_sizes=tf.stack([height, width, n * channels, multiplier]),
+            out_backprop=self._side_by_side(self._response),
+            **self._arguments,
+        )
+        kernels = tf.reshape(kernels, [height, width, n, channels, multiplier])
+        rows = tf.reshape(tf.transpose(kernels, [2, 0, 1, 3, 4]), [n, self.size])
+        if self._positions > 1:
+            rows = tf.reduce_sum(tf.reshape(rows, [-1, self._positions, self.size]), 1)
+        return [rows]
+
+    @staticmethod
+    def _side_by_side(t):
+        height, width, channels = t.shape[1:]
+        t = tf.transpose(t, [1, 2, 0, 3])
+        return tf.reshape(t, [1, height, width, tf.shape(t)[2] * channels])
+
+
+class Lookup(Form):
+    """T is a table of which each example reads some entries.
+
+    Args:
+        index: which, shape (N, P), integers.
+        gradient: at what was read, shape (N, P, D).
+        shape: of the table, (V, ...).
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, index, gradient, shape, n):
+        super().__init__(shape)
+        self._index, self._gradient = tf.cast(index, tf.int32), gradient
+        places = index.shape[1] or _PLACES
+        matched = n * n * places * places * gradient.shape[-1]
+        through_rows = n * n * self.size
+        self._through_rows = through_rows < matched and n * self.size <= _TABLE_ENTRIES
+        self.work, self.gram_work = 0, through_rows if self._through_rows else matched
+
+    def _rows(self):
+        n, entries = tf.shape(self._index)[0], self.shape[0]
+        index = self._index + entries * tf.range(n)[:, None]
+        rows = tf.math.unsorted_segment_sum(
+            _flat(self._gradient), tf.reshape(index, [-1]), n * entries
+        )
+        return [tf.reshape(rows, [n, self.size])]
+
+    def dot(self, v):
+        read = tf.gather(tf.reshape(v, [self.shape[0], -1]), self._index)
+        return tf.reduce_sum(read * self._gradient, [1, 2])
+
+    def combine(self, w):
+        gradient = _flat(self._gradient * _column(w, self._gradient))
+        index = tf.reshape(self._index, [-1])
+        combined = tf.math.unsorted_segment_sum(gradient, index, self.shape[0])
+        return tf.reshape(combined, self.shape)
+
+    def gram(self, outer):
+        return None if self._through_rows else self._matched()
+
+    def _matched(self):
+        """sum_ts [index_it = index_js] <gradient_it, gradient_js>, some examples at a time."""
+        index, gradient = tf.reshape(self._index, [-1]), _flat(self._gradient)
+        n, p = tf.shape(self._index)[0], tf.shape(self._index)[1]
+
+        def one(example):
+            mine, at = example
+            same = tf.cast(mine[:, None] == index[None], gradient.dtype)
+            products = tf.matmul(at, gradient, transpose_b=True) * same
+            return tf.reduce_sum(tf.reshape(tf.reduce_sum(products, 0), [n, p]), 1)
+
+        return tf.map_fn(one, (self._index, self._gradient), fn_output_signature=gradient.dtype)
+
+
+def _column(w, t):
+    return tf.reshape(w, [-1] + [1] * (t.shape.rank - 1))
+
+
+def _flat(t):
+    """All axes but the last as one."""
+    return t if t.shape.rank == 2 else tf.reshape(t, [-1, t.shape[-1]])
+
+
+class Outer:
+    """The products t t^T of tensors (N, k), each formed once."""
+
+    def __init__(self):
+        self._known = {}
+
+    def __contains__(self, t):
+        return t.ref() in self._known
+
+    def __call__(self, t):
+        if t not in self:
+            self._known[t.ref()] = tf.matmul(t, t, transpose_b=True)
+        return self._known[t.ref()]

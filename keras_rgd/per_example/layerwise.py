@@ -1,0 +1,317 @@
+"""Per-example gradients from one ordinary forward and backward pass over the batch.
+
+Where examples do not mix, the gradient of the batch's loss at the output of an operation holds
+every example's own; with the operation's input it gives that operation's part of g_i. So the three
+operations cost a few matrix products for each use of a weight, and no matrix of all g_i is kept.
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_rgd import vectors
+from keras_rgd.per_example.closed_forms import Contraction, Elementwise, NoFormError, Outer
+from keras_rgd.per_example.interface import ExampleSpace, PerExampleGradients
+from keras_rgd.per_example.lanes import quiet
+from keras_rgd.per_example.loss import (
+    batch_size,
+    call_model,
+    example_losses,
+    replaced,
+    what_losses_read,
+)
+from keras_rgd.per_example.operations import form_of
+from keras_rgd.per_example.uses import NotVisibleError, find_uses
+
+# The Gram matrix gives a guaranteed bound on M_x; it is formed while its work is at most that of so
+# many SGD steps, or too little to tell. Beyond, products with D estimate M_x.
+_GRAM_STEPS = 2
+_GRAM_FLOOR = 5e7  # multiply-adds
+
+# The bound's N x N products.
+_POWERS = 3
+
+# Rows of at most so many entries are put side by side for one product.
+_SMALL = 1024
+
+# From so many entries on, rows are multiplied in parts.
+_LONG = 2048
+
+
+class Layerwise(PerExampleGradients):
+    """The parts of G by the uses of the weights, for one batch; inside a graph only.
+
+    Args:
+        model: a compiled, built model whose examples do not mix.
+        x: inputs, axis 0 of length N; a nested structure for several inputs.
+        y: targets.
+        sample_weight: the user's sample weights (class weights included), or `None`.
+        training: whether layers behave as in training.
+        loss_scale: factor that keeps half-precision gradients in range; it cancels.
+        n: N, to count work by where it is not known when the step is traced. Defaults to `64`.
+        compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
+        precise: whether to work in float64, so that the Gram matrix keeps the digits that
+            centring loses; and to form it whatever it costs. Defaults to `False`.
+
+    Raises:
+        NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
+        ValueError: where the loss has no per-example losses.
+    """
+
+    way = "layerwise"
+
+    def __init__(
+        self,
+        model,
+        x,
+        y,
+        sample_weight=None,
+        training=True,
+        loss_scale=1.0,
+        n=64,
+        compiled=False,
+        precise=False,
+    ):
+        self.weights = [w.value for w in model.trainable_variables]
+        self.n_examples = batch_size(x)
+        self._compiled = compiled
+        self._inner = tf.float64 if precise else self.dtype
+        self._n = tf.cast(self.n_examples, self.dtype)
+        counted = self.n_examples if isinstance(self.n_examples, int) else n
+        u = tf.ones([self.n_examples], self.dtype)
+        graph = tf.compat.v1.get_default_graph()
+        examples = [tf.convert_to_tensor(t) for t in keras.tree.flatten(x) if t is not None]
+        before = len(graph.get_operations())
+        with tf.GradientTape(persistent=True) as tape:
+            self.y_pred = call_model(model, x, training)
+            operations = graph.get_operations()[before:]
+            outputs = what_losses_read(self.y_pred)
+            # Outputs may follow from one another; by copies each passes on its own part alone.
+            with tape.stop_recording():
+                copied = replaced(self.y_pred, tf.identity)
+            copies = what_losses_read(copied)
+            tape.watch(copies)
+            self.loss, derivatives = example_losses(model, x, y, copied, sample_weight, u, training)
+            f_mean = tf.reduce_sum(tf.cast(derivatives, self.dtype))
+            scaled = tf.cast(loss_scale, self.dtype) * f_mean
+        self._tape, zero = tape, tf.UnconnectedGradients.ZERO
+        # What reaches the weights by another way than the copies is grad r.
+        self._r_gradient = None
+        if any(g is not None for g in tape.gradient(self.loss, self.weights)):
+            r_gradient = tape.gradient(self.loss, self.weights, unconnected_gradients=zero)
+            self._r_gradient = self.cast(r_gradient)
+        cotangents = tape.gradient(scaled, copies, unconnected_gradients=zero)
+        cotangents, unit = _in_unit(cotangents, self.dtype)
+        self._unit = unit / tf.cast(loss_scale, self.dtype)
+        uses = find_uses(operations, self.weights, examples, self.n_examples)
+        gradients = tape.gradient(outputs, [use.output for use in uses], cotangents)
+        self._uses = _merged(
+            [
+                (use, self._form(use, gradient, counted))
+                for use, gradient in zip(uses, gradients, strict=True)
+                if gradient is not None
+            ]
+        )
+        forward = sum(form.work for _, form in self._uses)
+        self.gram_work = sum(form.gram_work for _, form in self._uses) + _POWERS * counted**3
+        self.step_work = 3 * forward
+        cheap = self.gram_work <= max(_GRAM_STEPS * self.step_work, _GRAM_FLOOR)
+        self.gram_is_cheap = precise or cheap
+        for _, form in self._uses:
+            form.has_rows = self.gram_is_cheap
+
+    def _form(self, use, gradient, n):
+        try:
+            return form_of(use, tf.convert_to_tensor(gradient), self._inner, n)
+        except (NoFormError, TypeError, ValueError, tf.errors.OpError) as error:
+            raise NotVisibleError(min(use.path.weights), str(error)) from error
+
+    @property
+    def gradient(self):
+        return self.reweighted(tf.ones([self.n_examples], self.dtype))
+
+    def reweighted(self, m):
+        combined = vectors.scale(self._combine(m), self._unit)
+        return combined if self._r_gradient is None else vectors.add(self._r_gradient, combined)
+
+    def combine(self, w):
+        return vectors.scale(self._combine(w), self._n * self._unit)
+
+    def dot(self, v):
+        return self._n * self._unit * tf.cast(self._dot(v), self.dtype)
+
+    def gram(self, center=None, unit=1.0):
+        factor = tf.cast(self._n * self._unit / unit, self._inner)
+        gram = self._gram * factor * factor
+        if center is not None:
+            # <g_i - c, g_j - c>; the digits that this loses are those of the mean's square.
+            scaled = [tf.cast(c / unit, self._inner) for c in center]
+            k = factor * self._dot(scaled)
+            gram += vectors.inner(scaled, scaled) - k[:, None] - k[None]
+        return tf.cast(gram, self.dtype)
+
+    def example_space(self):
+        gram = tf.cast(self._gram, self.dtype) * (self._n * self._n)
+        k, square = tf.reduce_mean(gram, 1), tf.reduce_mean(gram)
+        if self._r_gradient is not None:
+            r = vectors.scale(self._r_gradient, 1 / self._unit)
+            along = self._n * tf.cast(self._dot(r), self.dtype)
+            square += 2 * tf.reduce_mean(along) + vectors.inner(r, r)
+            k += along
+        largest = tf.reduce_max(tf.linalg.diag_part(gram))
+        return ExampleSpace(gram, products=k, square=square, largest=largest, unit=self._unit)
+
+    def squares(self, w):
+        """|sum_i w_i g_i|^2 / (N unit)^2 by each operation: three scalars that must agree.
+
+        Args:
+            w: shape (N,).
+        """
+        combined = self._combine(w)
+        by_gram = tf.reduce_sum(w * tf.linalg.matvec(tf.cast(self._gram, self.dtype), w))
+        by_dot = tf.reduce_sum(w * tf.cast(self._dot(combined), self.dtype))
+        return vectors.inner(combined, combined), by_dot, by_gram
+
+    # Below, in the unit of the gradients: g_i / (N unit).
+
+    def _dot(self, v):
+        v = [tf.cast(t, self._inner) for t in v]
+        total = tf.zeros([self.n_examples], self._inner)
+        for use, form in self._uses:
+            if use.path.steps is not None:
+                (index,) = use.path.weights
+                total += form.dot(use.path.rearranged(v[index]))
+            else:
+                for index, rows in self._pulled_rows(use, form).items():
+                    total += tf.linalg.matvec(rows, tf.reshape(v[index], [-1]))
+        return total
+
+    def _combine(self, w):
+        w = tf.cast(w, self._inner)
+        parts = [[] for _ in self.weights]
+        for use, form in self._uses:
+            combined = form.combine(w)
+            if use.path.steps is not None:
+                (index,) = use.path.weights
+                parts[index].append(use.path.back(combined))
+            else:
+                for index, gradient in self._pull(use, combined).items():
+                    parts[index].append(gradient)
+        return [
+            tf.cast(tf.add_n(p), self.dtype) if p else tf.zeros(w.shape, self.dtype)
+            for p, w in zip(parts, self.weights, strict=True)
+        ]
+
+    @functools.cached_property
+    def _gram(self):
+        by_weight = {}
+        for use, form in self._uses:
+            for index in use.path.weights:
+                by_weight.setdefault(index, []).append((use, form))
+        grams, rows, outer = [], [], Outer()
+        # Products before elementwise uses, which may share theirs.
+        for index, same in sorted(by_weight.items(), key=_elementwise):
+            gram = None
+            if len(same) == 1 and same[0][0].path.steps is not None:
+                form = same[0][1]
+                gram = form.gram(outer)
+                if gram is None:
+                    rows += form.rows
+                    continue
+            if gram is None:
+                gathered = [tf.concat(self._rows_by(index, use, form), 1) for use, form in same]
+                rows.append(tf.add_n(gathered))
+                continue
+            grams.append(gram)
+        small = [r for r in rows if r.shape[1] <= _SMALL]
+        if small:
+            rows = [r for r in rows if r.shape[1] > _SMALL] + _side_by_side(small)
+        return tf.add_n(grams + [self._products(r) for r in rows])
+
+    def _products(self, rows):
+        """The products of long rows, shape (N, N)."""
+        width = rows.shape[1]
+        parts = next((m for m in (8, 4, 2) if width % m == 0), 1)
+        if self._compiled or parts == 1 or width < _LONG:
+            return tf.matmul(rows, rows, transpose_b=True)
+        # TF's own product of long rows uses one core; one in parts uses all.
+        rows = tf.transpose(tf.reshape(rows, [-1, parts, width // parts]), [1, 0, 2])
+        return tf.reduce_sum(tf.matmul(rows, rows, transpose_b=True), 0)
+
+    def _rows_by(self, index, use, form):
+        if use.path.steps is None:
+            return [self._pulled_rows(use, form)[index]]
+        rows = tf.reshape(tf.concat(form.rows, 1), [-1, *form.shape])
+        return [tf.reshape(use.path.back(rows, leading=(-1,)), [-1, form.size])]
+
+    def _pulled_rows(self, use, form):
+        """Rows by the weights themselves where the use's tensor is a function of them."""
+        rows = tf.reshape(tf.concat(form.rows, 1), [-1, *form.shape])
+        with quiet():
+            pulled = tf.vectorized_map(lambda row: self._pull(use, row), rows)
+        return {
+            index: tf.reshape(t, [-1, self.weights[index].shape.num_elements()])
+            for index, t in pulled.items()
+        }
+
+    def _pull(self, use, t):
+        indices = sorted(use.path.weights)
+        gradients = self._tape.gradient(
+            use.tensor,
+            [self.weights[i] for i in indices],
+            tf.cast(t, use.tensor.dtype),
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        gradients = [tf.cast(tf.convert_to_tensor(g), self._inner) for g in gradients]
+        return dict(zip(indices, gradients, strict=True))
+
+
+def _merged(uses):
+    """Matrix products of one weight with several inputs become one, over all their places."""
+    by_weight = {}
+    for use, form in uses:
+        by_weight.setdefault(use.path.weights, []).append((use, form))
+    merged = []
+    for same in by_weight.values():
+        forms = [form for _, form in same]
+        if len(same) > 1 and len({use.path for use, _ in same}) == 1:
+            if Contraction.mergeable(forms):
+                same = [(same[0][0], Contraction.merged(forms))]
+        merged += same
+    return merged
+
+
+def _in_unit(cotangents, dtype):
+    """Cotangents in a unit that keeps the squares of what follows in range, and the unit.
+
+    A power of two, so that no digit changes. Half precision keeps its own range, by loss scaling,
+    and its squares are in that of `dtype`.
+    """
+    one = tf.ones([], dtype)
+    if any(t.dtype == tf.float16 for t in cotangents):
+        return cotangents, one
+    largest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(t)), dtype) for t in cotangents])
+    integer, mask = (tf.int64, 0x7FF0 << 48) if dtype == tf.float64 else (tf.int32, 0x7F800000)
+    exponent = tf.bitwise.bitwise_and(tf.bitcast(largest, integer), tf.constant(mask, integer))
+    unit = tf.bitcast(exponent, dtype)
+    sound = tf.logical_and(unit > 0, tf.math.is_finite(unit))
+    unit = tf.where(sound, unit, one)
+    return [t / tf.cast(unit, t.dtype) for t in cotangents], unit
+
+
+def _elementwise(item):
+    _, same = item
+    return all(isinstance(form, Elementwise) for _, form in same)
+
+
+def _side_by_side(rows):
+    """Small pieces in as few matrices as hold at most `_SMALL` columns each."""
+    groups, width = [[]], 0
+    for r in rows:
+        if width + r.shape[1] > _SMALL and groups[-1]:
+            groups.append([])
+            width = 0
+        groups[-1].append(r)
+        width += r.shape[1]
+    return [tf.concat(g, 1) if len(g) > 1 else g[0] for g in groups]

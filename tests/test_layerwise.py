@@ -1,0 +1,307 @@
+"""Layerwise per-example gradients: layers of the user's own, what is refused, what is counted."""
+
+import cases
+import keras
+import numpy as np
+import pytest
+import reference
+import steps
+import tensorflow as tf
+from cases import BY_NAME
+from keras import layers as L
+
+import keras_rgd
+from keras_rgd.per_example import layerwise
+
+ops = keras.ops
+N, T, D = 6, 4, 3
+
+
+class Own(L.Layer):
+    """A layer of the user's: weights of the given shapes, and a function of them and x."""
+
+    def __init__(self, function, *shapes, **kwargs):
+        super().__init__(**kwargs)
+        self.function, self.shapes = function, shapes
+
+    def build(self, shape):
+        self.own = [
+            self.add_weight(shape=s, initializer="random_normal", name=f"w{i}")
+            for i, s in enumerate(self.shapes)
+        ]
+
+    def call(self, x):
+        return self.function(x, *self.own)
+
+
+def tf_function(x, w):
+    return tf.function(lambda x: tf.matmul(x, tf.convert_to_tensor(w)))(x)
+
+
+def looped(x, w):
+    """The product, one timestep after another in a loop."""
+    return tf.transpose(
+        tf.map_fn(lambda t: tf.matmul(t, tf.convert_to_tensor(w)), tf.transpose(x, [1, 0, 2])),
+        [1, 0, 2],
+    )
+
+
+@tf.custom_gradient
+def reversed_gradient(x, w):
+    return tf.matmul(x, w), lambda g: (
+        tf.matmul(g, w, transpose_b=True),
+        -tf.einsum("nta,ntb->ab", x, g),
+    )
+
+
+def class_token(x, w):
+    token = ops.broadcast_to(w, (ops.shape(x)[0], 1, D))
+    return ops.concatenate([token, x], axis=1)
+
+
+def solved(x, w):
+    """Each example solves with the weight: an operation without a closed form here."""
+    lower = tf.convert_to_tensor(w) + 3 * tf.eye(T, dtype=x.dtype)
+    return tf.linalg.triangular_solve(lower, x)
+
+
+def weight_normalized(x, v, g):
+    return ops.matmul(x, g * v / ops.norm(v, axis=0))
+
+
+def low_rank(x, w, a, b):
+    return ops.matmul(x, w + ops.matmul(a, b))
+
+
+# name: (function, shapes of the weights); x is (N, T, D)
+OWN = {
+    "matmul": (ops.matmul, (D, 5)),
+    "transposed": (lambda x, w: ops.matmul(x, ops.transpose(w)), (5, D)),
+    "on the left": (lambda x, w: ops.matmul(w, x), (5, T)),
+    "flattened": (lambda x, w: ops.matmul(ops.reshape(x, (-1, T * D)), w), (T * D, 5)),
+    "steps side by side": (
+        lambda x, w: ops.reshape(ops.matmul(ops.reshape(x, (-1, D)), w), (-1, T, 5)),
+        (D, 5),
+    ),
+    "einsum over heads": (lambda x, w: tf.einsum("ntd,hde->nhte", x, w), (2, D, 5)),
+    "einsum for each step": (lambda x, w: tf.einsum("ntd,tde->nte", x, w), (T, D, 5)),
+    "einsum to a scalar": (lambda x, w: tf.einsum("ntd,td->n", x, w)[:, None], (T, D)),
+    "scale and shift": (lambda x, a, b: x * a + b, (D,), (T, 1)),
+    "scalar": (lambda x, a: a * x - a, ()),
+    "divided": (lambda x, a: x / (2 + a), (D,)),
+    "maximum": (lambda x, a: ops.maximum(x, a), (T, D)),
+    "where": (lambda x, a, b: ops.where(x > 0, a * x, b), (D,), (D,)),
+    "power": (lambda x, a: ops.power(ops.abs(x) + 1, a), (D,)),
+    "class token": (class_token, (1, 1, D)),
+    "positions": (lambda x, w: x + ops.take(w, ops.arange(T), axis=0), (7, D)),
+    "used twice": (lambda x, w: ops.matmul(ops.tanh(ops.matmul(x, w)), w), (D, D)),
+    "used in two ways": (lambda x, w: ops.matmul(x, w) + w[0], (D, D)),
+    "function of a weight": (lambda x, w: ops.matmul(x, ops.tanh(w)), (D, 5)),
+    "weight normalized": (weight_normalized, (D, 5), (5,)),
+    "low rank": (low_rank, (D, 5), (D, 2), (2, 5)),
+    "symmetric": (lambda x, w: ops.matmul(x, w + ops.transpose(w)), (D, D)),
+    "cumulative": (lambda x, w: x * ops.cumsum(w), (D,)),
+    "solve": (solved, (T, T)),
+    "convolution to one place": (
+        lambda x, w: tf.nn.conv1d(x, w, 1, "VALID"),
+        (T, D, 40),
+    ),
+    "dilated convolution": (
+        lambda x, w: ops.conv(x, w, padding="same", dilation_rate=2),
+        (3, D, 5),
+    ),
+    "strided convolution": (lambda x, w: ops.conv(x, w, 2, padding="same"), (3, D, 5)),
+}
+
+
+def own_model(function, *shapes, cls=keras_rgd.RGDSequential):
+    keras.utils.set_random_seed(3)
+    stack = [L.Dense(D, activation="tanh"), Own(function, *shapes, name="own"), L.Flatten()]
+    return cls([keras.Input((T, D)), *stack, L.Dense(3)])
+
+
+def own_batch(dtype="float32"):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(N, T, D)).astype(dtype), rng.integers(0, 3, N)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_layers_of_ones_own_are_exact(name, float64):
+    model = own_model(*OWN[name])
+    model.compile("sgd", cases.CROSSENTROPY())
+    x, y = own_batch("float64")
+    dense = reference.eager(model, x, y)
+    D = keras_rgd.diffusion_matrix(model, x, y, training=True, per_example="layerwise")
+    rng = np.random.default_rng(1)
+    v, w = rng.normal(size=dense.G.shape[1]), rng.normal(size=N)
+    gradients = D.gradients
+    received = {
+        "gradient": (reference.flatten(gradients.gradient), dense.v),
+        "dot": (gradients.dot(keras_rgd.vectors.unflatten(v, gradients.weights)), dense.G @ v),
+        "combine": (reference.flatten(gradients.combine(tf.constant(w))), w @ dense.G),
+        "gram": (D.gram(), dense.G @ dense.G.T),
+    }
+    for what, (ours, theirs) in received.items():
+        assert reference.relative_error(np.asarray(ours), theirs) < 1e-11, what
+
+
+@pytest.mark.parametrize("mode", steps.MODES)
+def test_a_training_step_through_layers_of_ones_own_is_exact(mode):
+    """All of them that keep the shape of x, one after the other."""
+    keep = ["scale and shift", "used twice", "positions", "cumulative", "solve", "symmetric"]
+
+    def build():
+        keras.utils.set_random_seed(3)
+        return keras_rgd.RGDSequential(
+            [keras.Input((T, D)), *(Own(*OWN[name]) for name in keep), L.Flatten(), L.Dense(3)]
+        )
+
+    x, y = own_batch()
+    with steps.floatx("float64"):
+        twin = build()
+        twin.compile("sgd", cases.CROSSENTROPY())
+    model = build()
+    for a, b in zip(twin.variables, model.variables, strict=True):
+        a.assign(b.numpy())
+    with steps.floatx("float64"):
+        dense = reference.eager(twin, x.astype("float64"), y)
+    optimizer = keras_rgd.RGD(1.0)
+    model.compile(optimizer, cases.CROSSENTROPY(), jit_compile=mode == "xla")
+    before = reference.flatten(model.trainable_variables)
+    model.train_on_batch(x, y)
+    direction = before - reference.flatten(model.trainable_variables)
+    assert optimizer.per_example_choice.way == "layerwise"
+    expected = dense.direction(float(optimizer.chosen_epsilon))
+    assert reference.relative_error(direction, expected) < 1e-5
+
+
+# what is refused, and what "auto" does then
+
+
+REFUSED = {
+    "batch statistics": (lambda x, w: x * w - ops.mean(x, axis=0), (D,), "gives an example an"),
+    "loop": (looped, (D, D), "own/w0' in the operation"),
+    "tf.function": (tf_function, (D, D), "own/w0' in the operation"),
+    "other gradient": (
+        lambda x, w: reversed_gradient(x, w.value),
+        (D, D),
+        "own/w0' in the operation IdentityN",
+    ),
+    "examples along axis 1": (
+        lambda x, w: ops.transpose(ops.matmul(w, ops.reshape(ops.transpose(x), (D * T, -1)))),
+        (5, T * D),
+        "own/w0' in a product with the weight on the left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_off_is_refused_by_name_and_auto_goes_another_way(name):
+    function, shape, words = REFUSED[name]
+    x, y = own_batch()
+    model = own_model(function, shape)
+    model.compile(keras_rgd.RGD(0.1, per_example="layerwise"), cases.CROSSENTROPY())
+    before = [v.numpy() for v in model.variables]
+    with pytest.raises(ValueError, match="per_example='double_backward'") as refusal:
+        model.fit(x, y, verbose=0)
+    assert words in str(refusal.value)
+    for a, b in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+    optimizer = keras_rgd.RGD(0.1)
+    model.compile(optimizer, cases.CROSSENTROPY())
+    model.fit(x, y, verbose=0)
+    assert optimizer.per_example_choice.way == "double_backward"
+    assert words in str(optimizer.per_example_choice)
+
+
+@pytest.mark.parametrize("head", ["zeros", "glorot_uniform"])
+def test_a_head_that_starts_at_zero_hides_no_mixing(head):
+    """Its input's gradient is 0 on the first batch, and so is all that mixing would do."""
+    x, y = own_batch()
+    stack = [L.Flatten(), L.Dense(4), L.BatchNormalization(name="bn"), L.Activation("tanh")]
+    model = keras_rgd.RGDSequential(
+        [keras.Input((T, D)), *stack, L.Dense(3, kernel_initializer=head)]
+    )
+    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+    model.train_on_batch(x, y)
+    choice = str(model.optimizer.per_example_choice)
+    assert choice.startswith("double_backward: Layer 'bn' (BatchNormalization) gives an example")
+
+
+def test_one_example_first_shows_nothing():
+    x, y = own_batch()
+    model = own_model(ops.matmul, (D, 5))
+    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+    model.train_on_batch(x[:1], y[:1])
+    assert "one example" in str(model.optimizer.per_example_choice)
+    assert model.optimizer.per_example_choice.way == "double_backward"
+
+
+def test_eager_steps_have_no_trace_to_read():
+    x, y = own_batch()
+    model = own_model(ops.matmul, (D, 5))
+    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY(), run_eagerly=True)
+    model.train_on_batch(x, y)
+    assert "run_eagerly=True" in str(model.optimizer.per_example_choice)
+    asked = keras_rgd.RGD(0.1, per_example="layerwise")
+    model.compile(asked, cases.CROSSENTROPY(), run_eagerly=True)
+    with pytest.raises(ValueError, match="run_eagerly=True"):
+        model.train_on_batch(x, y)
+
+
+@pytest.mark.parametrize("name", ["dropout", "batch_normalization"])
+def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
+    case = BY_NAME[name]
+    for _ in range(2):
+        model = steps.build(case)
+        case.compile(model, keras_rgd.RGD(0.0))
+        before = [w.numpy() for w in model.trainable_variables]
+        model.train_on_batch(*case.batch()[:2])
+        for a, b in zip(before, model.trainable_variables, strict=True):
+            np.testing.assert_array_equal(a, b.numpy())
+    # Seeds and moving statistics: test_seeds_and_moving_statistics_move_as_under_sgd.
+
+
+# M_x
+
+
+@pytest.mark.parametrize("mode", steps.MODES)
+@pytest.mark.parametrize("name", ["conv2d", "embedding", "shared_layer"])
+def test_where_a_gram_matrix_would_cost_too_much_the_factors_are_iterated(name, mode, monkeypatch):
+    monkeypatch.setattr(layerwise, "_GRAM_STEPS", 0)
+    monkeypatch.setattr(layerwise, "_GRAM_FLOOR", 0)
+    case = BY_NAME[name]
+    model = steps.build(case)
+    optimizer = keras_rgd.RGD(1.0, per_example="layerwise")
+    step = steps.take(case, model, optimizer, mode)
+    dense = steps.oracle(name, mode)
+    assert reference.relative_error(step.direction, dense.direction(step.epsilon)) < 1e-5
+    assert 0.3 <= step.epsilon * dense.lambda_max <= 0.5
+    assert "M_x is estimated, as at N = 6" in step.choice
+
+
+def test_the_choice_follows_the_batch_size():
+    """2 x 10 x 10 weights: at N = 2000 the Gram matrix is more work than two SGD steps."""
+    for n, words in ((8, "bounded by a Gram matrix"), (2000, "M_x is estimated")):
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(n, 10)).astype("float32"), rng.integers(0, 3, n)
+        model = keras_rgd.RGDSequential([keras.Input((10,)), L.Dense(10), L.Dense(3)])
+        model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+        model.fit(x, y, batch_size=n, verbose=0)
+        assert words in str(model.optimizer.per_example_choice)
+
+
+# large tables
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+def test_a_table_is_exact_by_its_rows_and_by_matching_tokens(vocabulary, float64):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 5, (N, T)), rng.integers(0, 3, N)
+    model = keras_rgd.RGDSequential(
+        [keras.Input((T,), dtype="int32"), L.Embedding(vocabulary, D), L.Flatten(), L.Dense(3)]
+    )
+    model.compile("sgd", cases.CROSSENTROPY())
+    dense = reference.eager(model, x, y)
+    D_ = keras_rgd.diffusion_matrix(model, x, y, training=True, per_example="layerwise")
+    assert reference.relative_error(D_.gram(), dense.G @ dense.G.T) < 1e-12
