@@ -32,11 +32,11 @@ def diffusion_matrix(
         sample_weight: the examples' weights in the loss. Defaults to `None`.
         training: `False` for evaluation mode (no Dropout, moving statistics), as D is measured
             in the literature; `True` for training mode. Defaults to `False`.
-        per_example: "vectorized_map", "double_backward", or "auto": one example a lane where that
-            is exact for the model, else "double_backward", whose Gram matrix costs N backward
-            passes. Defaults to `"auto"`.
-        chunk_size: how many examples' gradients are held at once. Defaults to `None`, as many as
-            fit in 1 GiB.
+        per_example: "layerwise", "vectorized_map", "double_backward", or "auto": "layerwise" where
+            that is exact for the model, else one example a lane where that is, else
+            "double_backward", whose Gram matrix costs N backward passes. Defaults to `"auto"`.
+        chunk_size: how many examples' gradients are held at once by the ways that hold any.
+            Defaults to `None`, as many as fit in 1 GiB.
 
     Returns:
         A `DiffusionMatrix`.

@@ -34,18 +34,17 @@ class RGDMixin:
         if optimizer is None:
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        scale = self.optimizer.scale_loss(tf.ones([]))
+        one = tf.ones([])
+        scale = self.optimizer.scale_loss(one)
         gradients = self._step_state.way(x, y, sample_weight, scale)
         direction = optimizer.direction(gradients)
-        with optimizer.applying_direction():
+        if scale is not one:
             # The optimizer divides by the loss scale, and skips the step where this overflows.
-            self.optimizer.apply(
-                [
-                    tf.cast(d * tf.cast(scale, d.dtype), v.dtype)
-                    for d, v in zip(direction, self.trainable_variables, strict=True)
-                ],
-                self.trainable_variables,
-            )
+            direction = [d * tf.cast(scale, d.dtype) for d in direction]
+        variables = self.trainable_variables
+        direction = [tf.cast(d, v.dtype) for d, v in zip(direction, variables, strict=True)]
+        with optimizer.applying_direction():
+            self.optimizer.apply(direction, variables)
         self._loss_tracker.update_state(gradients.loss, sample_weight=gradients.n_examples)
         epsilon, error = self._step_state.metrics
         epsilon.update_state(optimizer.chosen_epsilon)

@@ -135,10 +135,10 @@ class RGD(keras.optimizers.Optimizer):
 
         For training loops of one's own, with `apply_direction`; `fit` calls both.
 
-        Sets `lambda_max` (M_x of this batch as the rule saw it: an upper bound with
-        "vectorized_map", an estimate with a margin with "double_backward"), `chosen_epsilon`,
-        `step_weak_field_error` (of the step, an upper bound with "double_backward") and
-        `epsilon_cuts` (how often `Fixed` was cut below 1/M_x so far).
+        Sets `lambda_max` (M_x of this batch as the rule saw it: an upper bound from a Gram matrix,
+        or without one an estimate with a margin), `chosen_epsilon`, `step_weak_field_error` (of
+        the step; without a Gram matrix an upper bound) and `epsilon_cuts` (how often `Fixed` was
+        cut below 1/M_x so far).
 
         Args:
             gradients: what `keras_rgd.per_example_gradients` returns for the batch.

@@ -1,4 +1,4 @@
-"""What the benchmarks lower for an accelerator is what TensorFlow computes, and XLA's throughout."""
+"""What the benchmarks lower for an accelerator is what TensorFlow computes, by XLA alone."""
 
 import pathlib
 import subprocess

@@ -149,17 +149,16 @@ def choose_way(model, per_example, x, y, sample_weight, *, training, dynamic, co
             raise checks.NotExactError(
                 "The first batch is one example, which cannot show whether examples mix."
             )
-        found = checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
+        traced = checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
     except checks.NotExactError as error:
         if per_example == "layerwise":
             raise
         return Choice("double_backward", str(error).split(" per_example=")[0], n)
-    if found.gram_is_cheap:
+    if traced.gram_is_cheap:
         return Choice("layerwise", "examples do not mix; M_x is bounded by a Gram matrix", n)
-    times = found.gram_work / found.step_work
     reason = (
         f"examples do not mix; M_x is estimated, as at N = {n} a Gram matrix would take "
-        f"{times:.1f} times the products of an SGD step"
+        f"{traced.gram_work:.1f} times the products of an SGD step"
     )
     return Choice("layerwise", reason, n)
 
@@ -252,7 +251,9 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
     if way == "auto":
         way = _measuring_choice(model, x, y, sample_weight, training)
     elif way == "layerwise":
-        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=_takes_any_size(model))
+        checks.check_layerwise(
+            model, x, y, sample_weight, training, dynamic=checks.takes_any_size(model)
+        )
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
     if way == "layerwise":
@@ -281,7 +282,7 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
 def _measuring_choice(model, x, y, sample_weight, training):
     try:
         if batch_size(x) > 1:
-            dynamic = _takes_any_size(model)
+            dynamic = checks.takes_any_size(model)
             checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
             return "layerwise"
     except checks.NotExactError:
@@ -292,7 +293,3 @@ def _measuring_choice(model, x, y, sample_weight, training):
     except checks.NotExactError:
         return "double_backward"
     return "vectorized_map" if error is None else "one_by_one"
-
-
-def _takes_any_size(model):
-    return all(t.shape[0] is None for t in getattr(model, "inputs", None) or [])

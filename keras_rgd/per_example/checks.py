@@ -5,6 +5,8 @@ statistics, states and metrics.
 """
 
 import contextlib
+import dataclasses
+import gc
 
 import keras
 import numpy as np
@@ -23,6 +25,9 @@ _EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 
 
 # How many examples are looked at together for a layer that mixes them.
 _EXAMPLES = 32
+
+# For how many a trial step is taken.
+_FEW = 16
 
 _ADVICE = (
     "per_example='vectorized_map' runs the model on one example at a time and would not give "
@@ -136,46 +141,18 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic):
         dynamic: whether the step is traced for batches of any size.
 
     Returns:
-        The `Layerwise` that was traced; its tensors have no values.
+        A `Traced`.
 
     Raises:
         NotExactError: names the layer that mixes examples or hides what it does with its weights.
     """
     whole = (x, y, sample_weight)
-    if dynamic:
-        whole = first_examples(whole, _EXAMPLES)
-    traced = []
-
-    def by_uses(batch, w):
-        way = Layerwise(model, *batch, training=training, n=batch_size(x))
-        traced.append(way)
-        try:
-            return vectors.add(way.gradient, way.combine(w)), way.squares(w)
-        except (ValueError, TypeError) as error:
-            raise _NotApartError(_reason(error)) from error
-
-    def ordinary(batch, w):
-        return _ordinary_combination(model, *batch, training, w)
-
-    run_by_uses, run_ordinary = (
-        _traced_for_batches(f, whole, dynamic) for f in (by_uses, ordinary)
-    )
-    rng = np.random.default_rng(0)
-    dtype = working_dtype([w.value for w in model.trainable_variables])
-    w = tf.constant(rng.normal(size=batch_size(whole[0])), dtype)
-    wrong = None
+    few = first_examples(whole, _FEW) if takes_any_size(model) else whole
     try:
-        for noise in (0.0, 0.1):
-            with unchanged(model):
-                _shake(model, noise, rng)
-                # Both draw the same random numbers.
-                with unchanged(model):
-                    ours, squares = run_by_uses(w)
-                with unchanged(model):
-                    theirs = run_ordinary(w)
-                wrong = wrong or _first_unequal(model, ours, theirs)
-                if not wrong and _differ(min(squares), max(squares), 10 * _tolerance(model)):
-                    wrong = "a weight"
+        wrong, way = _compare(model, few, training, batch_size(x), takes_any_size(model))
+        if wrong is None and not dynamic and way.repeats:
+            # Of a known size an axis of examples may be taken for another that is as long.
+            wrong, way = _compare(model, whole, training, batch_size(x), False)
     except NotVisibleError as error:
         variable = model.trainable_variables[error.weight]
         owner = [a for a in model._flatten_layers() if any(v is variable for v in a.variables)][-1]
@@ -183,12 +160,9 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic):
             f"Layer {_names([owner])} uses its weight '{variable.path}' in {error}, where "
             f"per-example gradients cannot be read off. {_LAYERWISE_ADVICE}"
         ) from error
-    except (_NotApartError, tf.errors.OpError) as error:
-        # Sizes that do not fit: something has lost its axis of examples.
-        wrong = f"a weight ({_reason(error)})"
     if wrong is None:
-        return traced[-1]
-    mixing = _layer_that_mixes(model, whole[0], training)
+        return way
+    mixing = _layer_that_mixes(model, few[0], training)
     if mixing is not None:
         raise NotExactError(
             f"Layer {_names([mixing])} gives an example an output that depends on the other "
@@ -198,6 +172,60 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic):
         "The loss of one example depends on the other examples of the batch, or reaches "
         f"{wrong} by another way than the model's output: loss={model.loss}. {_LAYERWISE_ADVICE}"
     )
+
+
+def takes_any_size(model):
+    """Whether a model takes batches of any size, as far as it says."""
+    return all(t.shape[0] is None for t in getattr(model, "inputs", None) or [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What the trace of a step by "layerwise" shows."""
+
+    gram_is_cheap: bool
+    gram_work: float  # of the Gram matrix, in SGD steps
+    repeats: bool  # whether a weight is repeated for each example
+
+
+def _compare(model, batch, training, n, open_sizes):
+    """Where a step by "layerwise" on a batch is wrong, or None; and what its trace shows."""
+    traced = []
+
+    def by_uses(batch, w):
+        way = Layerwise(model, *batch, training=training, n=n)
+        work = way.gram_work / max(way.step_work, 1)
+        traced.append(Traced(way.gram_is_cheap, work, way.repeats))
+        try:
+            return vectors.add(way.gradient, way.combine(w)), way.squares(w)
+        except (ValueError, TypeError) as error:
+            raise _NotApartError(_reason(error)) from error
+
+    run_by_uses = _traced_for_batches(by_uses, batch, open_sizes)
+    rng = np.random.default_rng(0)
+    dtype = working_dtype([w.value for w in model.trainable_variables])
+    w = tf.constant(rng.normal(size=batch_size(batch[0])), dtype)
+    wrong = None
+    try:
+        for noise in (0.0, 0.1):
+            with unchanged(model):
+                _shake(model, noise, rng)
+                # Both draw the same random numbers.
+                with unchanged(model):
+                    ours, squares = run_by_uses(w)
+                with unchanged(model):
+                    theirs = _ordinary_combination(model, *batch, training, w)
+                wrong = wrong or _first_unequal(model, ours, theirs)
+                if not wrong and _differ(min(squares), max(squares), 10 * _tolerance(model)):
+                    wrong = "a weight"
+    except (_NotApartError, tf.errors.OpError) as error:
+        # Sizes that do not fit: something has lost its axis of examples.
+        wrong = f"a weight ({_reason(error)})"
+    finally:
+        # Traces are large and hold themselves; the step's own takes their place.
+        del run_by_uses
+        gc.collect()
+    return wrong, traced[-1] if traced else None
 
 
 def _ordinary_combination(model, x, y, sample_weight, training, w):

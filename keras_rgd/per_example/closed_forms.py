@@ -15,7 +15,7 @@ import tensorflow as tf
 _PLACES = 64
 
 # Rows are kept for later products where they take at most so many times the room of the factors.
-_ROOM = 2
+_ROOM = 1.5
 
 # Entries that the tables of all examples may have together, where the Gram matrix needs them.
 _TABLE_ENTRIES = 2**26

@@ -104,8 +104,10 @@ class Layerwise(PerExampleGradients):
         cotangents = tape.gradient(scaled, copies, unconnected_gradients=zero)
         cotangents, unit = _in_unit(cotangents, self.dtype)
         self._unit = unit / tf.cast(loss_scale, self.dtype)
-        uses = find_uses(operations, self.weights, examples, self.n_examples)
+        known = self.n_examples if isinstance(self.n_examples, int) else None
+        uses = find_uses(operations, self.weights, examples, known)
         gradients = tape.gradient(outputs, [use.output for use in uses], cotangents)
+        self.repeats = any(use.repeats for use in uses)
         self._uses = _merged(
             [
                 (use, self._form(use, gradient, counted))
@@ -132,11 +134,11 @@ class Layerwise(PerExampleGradients):
         return self.reweighted(tf.ones([self.n_examples], self.dtype))
 
     def reweighted(self, m):
-        combined = vectors.scale(self._combine(m), self._unit)
+        combined = self._combine(m * self._unit)
         return combined if self._r_gradient is None else vectors.add(self._r_gradient, combined)
 
     def combine(self, w):
-        return vectors.scale(self._combine(w), self._n * self._unit)
+        return self._combine(w * self._n * self._unit)
 
     def dot(self, v):
         return self._n * self._unit * tf.cast(self._dot(v), self.dtype)
@@ -199,7 +201,9 @@ class Layerwise(PerExampleGradients):
                 for index, gradient in self._pull(use, combined).items():
                     parts[index].append(gradient)
         return [
-            tf.cast(tf.add_n(p), self.dtype) if p else tf.zeros(w.shape, self.dtype)
+            tf.cast(tf.add_n(p) if len(p) > 1 else p[0], self.dtype)
+            if p
+            else tf.zeros(w.shape, self.dtype)
             for p, w in zip(parts, self.weights, strict=True)
         ]
 

@@ -98,6 +98,11 @@ class Use:
         return self.op.inputs[self.position]
 
     @property
+    def repeats(self):
+        """Whether the operation itself gives the weight its axis of examples."""
+        return not self.examples
+
+    @property
     def output(self):
         return self.op.outputs[0]
 
@@ -109,7 +114,7 @@ def find_uses(operations, weights, examples, n):
         operations: the operations, in the order in which they were made.
         weights: the trainable `tf.Variable`s.
         examples: the tensors that the forward pass was given, axis 0 for the examples.
-        n: N where it is an int, else anything else.
+        n: N where it is known, else `None`.
 
     Returns:
         A list of `Use`.
@@ -137,7 +142,7 @@ def find_uses(operations, weights, examples, n):
                 shapes[p] = weights[index].shape
         if via and not joined:
             others = [(p, t) for p, t in enumerate(op.inputs) if p not in via]
-            joined = tuple(p for p, t in others if _of_batch(op, t, n))
+            joined = tuple(p for p, t in others if _of_batch(t, n))
             elements |= {op.inputs[p].name: _entries(op.inputs[p]) for p in joined}
         if joined:
             first = op.inputs[joined[0]]
@@ -166,11 +171,15 @@ def find_uses(operations, weights, examples, n):
     return found
 
 
-def _of_batch(op, t, n):
+def _of_batch(t, n):
     """Whether a tensor made of neither has an entry for each example, as a recurrent zero state."""
     if t.shape.rank is None or t.shape.rank < 2:
         return False
-    return t.shape[0] is None or (op.type == "MatMul" and t.shape[0] == n)
+    if t.shape[0] is not None:
+        # Only by its size; zeros give no gradient, whatever the axis stands for.
+        value = tf.get_static_value(t) if t.shape[0] == n else None
+        return value is not None and not value.any()
+    return True
 
 
 def _gives_examples(op, n):
