@@ -1,6 +1,7 @@
 """The models that the benchmarks time, and random data for them."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import keras
@@ -43,11 +44,15 @@ def loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def mlp(x):
-    """784-256-256-10."""
-    for _ in range(2):
-        x = layers.Dense(256, "relu")(x)
-    return layers.Dense(CLASSES)(x)
+def mlp(width, depth):
+    """784, `depth` layers of `width` units, 10."""
+
+    def outputs(x):
+        for _ in range(depth):
+            x = layers.Dense(width, "relu")(x)
+        return layers.Dense(CLASSES)(x)
+
+    return outputs
 
 
 def cnn(x):
@@ -97,10 +102,22 @@ def lstm(x):
 
 
 MODELS = {
-    "mlp": Benchmark((784,), mlp, steps=100),
+    "mlp": Benchmark((784,), mlp(256, 2), steps=100),
     "cnn": Benchmark((28, 28, 1), cnn, steps=100),
     "resnet20-gn": Benchmark((32, 32, 3), resnet20(lambda: layers.GroupNormalization(4)), steps=10),
     "resnet20-bn": Benchmark((32, 32, 3), resnet20(layers.BatchNormalization), steps=10),
     "transformer": Benchmark((64,), transformer, steps=10, tokens=True),
     "lstm": Benchmark((32, 16), lstm, steps=50),
 }
+
+
+def benchmark(name):
+    """The `Benchmark` of one of `MODELS`, or of "mlp-WIDTHxDEPTH"."""
+    if name in MODELS:
+        return MODELS[name]
+    sizes = re.fullmatch(r"mlp-(\d+)x(\d+)", name)
+    if sizes is None:
+        raise ValueError(
+            f"Expected one of {', '.join(MODELS)}, or mlp-WIDTHxDEPTH. Received: {name!r}"
+        )
+    return Benchmark((784,), mlp(*map(int, sizes.groups())), steps=50)

@@ -52,7 +52,7 @@ class EpochSeconds(keras.callbacks.Callback):
 
 def measure(name, examples, epoch_examples, epochs, per_example):
     """Seconds of an epoch, of a measurement, of the first one, and the memory it added."""
-    benchmark = models.MODELS[name]
+    benchmark = models.benchmark(name)
     model = benchmark.model()
     model.compile(keras.optimizers.SGD(0.01), models.loss())
     x, y = benchmark.data(max(examples, epoch_examples))

@@ -8,6 +8,8 @@ fit, above what it held before it built the model.
 
     python -m pip install -e ".[bench]"
     python benchmarks/step_cost.py --csv step_cost.csv --plot step_cost.png
+
+Besides the models of `models.py`, "mlp-WIDTHxDEPTH" is one of any size.
 """
 
 import argparse
@@ -32,7 +34,7 @@ def made(name, way, mode):
 
     import keras_rgd
 
-    model = models.MODELS[name].model()
+    model = models.benchmark(name).model()
     optimizer = keras.optimizers.SGD(0.01)
     if way != "sgd":
         optimizer = keras_rgd.RGD(0.01, per_example=way)
@@ -53,8 +55,8 @@ def measure_time(name, n, mode, ways, steps, repeats):
     import models
     import peers
 
-    steps = steps or models.MODELS[name].steps
-    x, y = models.MODELS[name].data(n * steps)
+    steps = steps or models.benchmark(name).steps
+    x, y = models.benchmark(name).data(n * steps)
     runs, first = {}, {}
     for way in ways:
         try:
@@ -95,7 +97,7 @@ def measure_memory(name, n, mode, way):
     import models
     import psutil
 
-    x, y = models.MODELS[name].data(n * 4)
+    x, y = models.benchmark(name).data(n * 4)
     before = psutil.Process().memory_info().rss
     fit_seconds(made(name, way, mode), x, y, n, 4)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,7 +29,7 @@ def lowered(name, n, way):
     The step's inputs are the batch, then the weights and the optimizer's state; its outputs begin
     with the weights after the step.
     """
-    benchmark = models.MODELS[name]
+    benchmark = models.benchmark(name)
     model = benchmark.model()
     optimizer = keras_rgd.RGD(LEARNING_RATE)
     model.compile(optimizer, models.loss())

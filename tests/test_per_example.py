@@ -325,7 +325,7 @@ def test_a_small_part_of_the_loss_that_the_lanes_miss_is_refused_by_the_weights_
     model = Penalised([keras.Input((5,)), L.Dense(3, name="head"), L.Dense(3)])
     model.layers[0].bias.assign([1.0, 2.0, 3.0])
     model.compile(keras_rgd.RGD(1.0, per_example="vectorized_map"), CROSSENTROPY())
-    with pytest.raises(ValueError, match="gradients of '.*head/bias' is .* away from the batch's"):
+    with pytest.raises(ValueError, match="gradients of '.*head/bias' is not the batch's"):
         model.train_on_batch(*dense_batch())
 
 
@@ -411,7 +411,7 @@ def test_weights_may_have_several_dtypes(first, last):
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(ValueError, match="'double_backward'. Received: per_example='jacobian'"):
+    with pytest.raises(ValueError, match="'vectorized_map'. Received: per_example='jacobian'"):
         ways.check_way("jacobian")
 
 

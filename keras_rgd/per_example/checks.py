@@ -6,7 +6,6 @@ statistics, states and metrics.
 
 import contextlib
 import dataclasses
-import gc
 
 import keras
 import numpy as np
@@ -221,10 +220,6 @@ def _compare(model, batch, training, n, open_sizes):
     except (_NotApartError, tf.errors.OpError) as error:
         # Sizes that do not fit: something has lost its axis of examples.
         wrong = f"a weight ({_reason(error)})"
-    finally:
-        # Traces are large and hold themselves; the step's own takes their place.
-        del run_by_uses
-        gc.collect()
     return wrong, traced[-1] if traced else None
 
 
@@ -293,16 +288,13 @@ def check_gradient(model, x, y, sample_weight, training, received):
     """
     with unchanged(model):
         expected = DoubleBackward(model, x, y, sample_weight, training).gradient
-    tolerance, whole = 10 * _tolerance(model), vectors.norm(expected)
-    for variable, a, b in zip(model.trainable_variables, received, expected, strict=True):
-        error, size = vectors.norm([a - b]), vectors.norm([b])
-        if error > tolerance * size + tolerance**2 * whole:
-            raise NotExactError(
-                f"`{type(model).__name__}` has a loss that does not reach the weights through the "
-                "model's output alone (a `compute_loss` of its own?): the mean of the per-example "
-                f"gradients of '{variable.path}' is {float(error):.2g} away from the batch's "
-                f"gradient, {float(size):.2g} long. {_ADVICE}"
-            )
+    wrong = _first_unequal(model, received, expected)
+    if wrong is not None:
+        raise NotExactError(
+            f"`{type(model).__name__}` has a loss that does not reach the weights through the "
+            "model's output alone (a `compute_loss` of its own?): the mean of the per-example "
+            f"gradients of {wrong} is not the batch's gradient. {_ADVICE}"
+        )
 
 
 def not_vectorizable(model, x, training, compiled, error):

@@ -1,6 +1,6 @@
 """Per-example gradients of one use of a weight, from its input and the gradient at its output.
 
-Each form answers for the tensor T that joins the examples (see `uses`): `rows()`, the gradients
+Each form answers for the tensor T that joins the examples (see `uses`): `rows`, the gradients
 themselves, shape (N, |T|); `dot(v)`, `combine(w)` and `gram()` without them where that is less
 work, as in mixed ghost clipping (Bu et al., arXiv 2205.10683).
 """

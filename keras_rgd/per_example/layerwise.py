@@ -129,7 +129,7 @@ class Layerwise(PerExampleGradients):
         except (NoFormError, TypeError, ValueError, tf.errors.OpError) as error:
             raise NotVisibleError(min(use.path.weights), str(error)) from error
 
-    @property
+    @functools.cached_property
     def gradient(self):
         return self.reweighted(tf.ones([self.n_examples], self.dtype))
 
@@ -216,18 +216,13 @@ class Layerwise(PerExampleGradients):
         grams, rows, outer = [], [], Outer()
         # Products before elementwise uses, which may share theirs.
         for index, same in sorted(by_weight.items(), key=_elementwise):
-            gram = None
-            if len(same) == 1 and same[0][0].path.steps is not None:
-                form = same[0][1]
-                gram = form.gram(outer)
-                if gram is None:
-                    rows += form.rows
-                    continue
-            if gram is None:
-                gathered = [tf.concat(self._rows_by(index, use, form), 1) for use, form in same]
-                rows.append(tf.add_n(gathered))
-                continue
-            grams.append(gram)
+            use, form = same[0]
+            if len(same) > 1 or use.path.steps is None:
+                rows.append(tf.add_n([self._rows_by(index, *one) for one in same]))
+            elif (gram := form.gram(outer)) is not None:
+                grams.append(gram)
+            else:
+                rows += form.rows
         small = [r for r in rows if r.shape[1] <= _SMALL]
         if small:
             rows = [r for r in rows if r.shape[1] > _SMALL] + _side_by_side(small)
@@ -244,10 +239,11 @@ class Layerwise(PerExampleGradients):
         return tf.reduce_sum(tf.matmul(rows, rows, transpose_b=True), 0)
 
     def _rows_by(self, index, use, form):
+        """Rows by one weight, shape (N, its size), from one use."""
         if use.path.steps is None:
-            return [self._pulled_rows(use, form)[index]]
+            return self._pulled_rows(use, form)[index]
         rows = tf.reshape(tf.concat(form.rows, 1), [-1, *form.shape])
-        return [tf.reshape(use.path.back(rows, leading=(-1,)), [-1, form.size])]
+        return tf.reshape(use.path.back(rows, leading=(-1,)), [-1, form.size])
 
     def _pulled_rows(self, use, form):
         """Rows by the weights themselves where the use's tensor is a function of them."""
@@ -260,6 +256,7 @@ class Layerwise(PerExampleGradients):
         }
 
     def _pull(self, use, t):
+        """A gradient by the use's tensor, as one by each weight behind it: index -> tensor."""
         indices = sorted(use.path.weights)
         gradients = self._tape.gradient(
             use.tensor,

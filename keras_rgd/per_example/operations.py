@@ -53,10 +53,9 @@ def _split(t, positions):
     """Axis 0 as (N, P); untouched where P = 1."""
     if positions == 1:
         return t
-    p = -1 if positions is None else positions
     if positions is None:
         raise NoFormError("rows of an unknown number of places")
-    return tf.reshape(t, [-1, p, *t.shape[1:]])
+    return tf.reshape(t, [-1, positions, *t.shape[1:]])
 
 
 def _matmul(use, inputs, gradient, n):
@@ -109,8 +108,9 @@ def _einsum(use, inputs, gradient, n):
 def _contraction(x_labels, t_labels, z_labels, x, gradient, use, n):
     """T contracted with x: labels as in an einsum, n for the examples."""
     terms = (x_labels, t_labels, z_labels)
+    name = f"the contraction {x_labels},{t_labels}->{z_labels}"
     if any(len(set(term)) != len(term) for term in terms) or "n" in t_labels:
-        raise NoFormError(f"the contraction {x_labels},{t_labels}->{z_labels}")
+        raise NoFormError(name)
     if x_labels[0] != "n" or z_labels[0] != "n":
         raise NoFormError("examples along another axis than 0")
     size = dict(zip(t_labels, use.shape, strict=True))
@@ -123,10 +123,9 @@ def _contraction(x_labels, t_labels, z_labels, x, gradient, use, n):
     right = [c for c in t_labels if c in z_labels and c not in x_labels]
     places = [c for c in z_labels[1:] if c in x_labels and c not in t_labels]
     summed = [c for c in x_labels if c not in t_labels and c not in z_labels]
-    if len(in_all) + len(left) + len(right) != len(t_labels):
-        raise NoFormError(f"the contraction {x_labels},{t_labels}->{z_labels}")
-    if set(z_labels) - {"n", *t_labels, *x_labels}:
-        raise NoFormError(f"the contraction {x_labels},{t_labels}->{z_labels}")
+    seen = len(in_all) + len(left) + len(right)
+    if seen != len(t_labels) or set(z_labels) - {"n", *t_labels, *x_labels}:
+        raise NoFormError(name)
     if summed:
         x = tf.reduce_sum(x, [x_labels.index(c) for c in summed])
         x_labels = "".join(c for c in x_labels if c not in summed)

@@ -213,7 +213,11 @@ def _entries_of_output(op, t, positions, elements):
     if op.type in ("Reshape", "ExpandDims", "Squeeze", "Identity", "Transpose"):
         return elements
     row = _entries(t)
-    return None if row is None or positions is None else positions * row
+    if row is None or positions is None:
+        # As after a transpose: let axis 0 be the examples' again. Where it is not, the check of
+        # the first batch sees it.
+        return row
+    return positions * row
 
 
 def _extended(op, paths):
