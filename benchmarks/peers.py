@@ -6,6 +6,8 @@ function without arguments that computes one direction, all of it. They need the
 
 import importlib.util
 
+import numpy as np
+
 EPSILON = 0.5  # times 1 / M_x
 
 
@@ -150,10 +152,16 @@ _PEERS = {
 }
 
 
-def installed():
-    """The peers that can be imported here: name -> function."""
-    return {
-        name: step
-        for name, (module, step) in _PEERS.items()
-        if importlib.util.find_spec(module) is not None
-    }
+# Those that can be imported here.
+INSTALLED = {
+    name: step
+    for name, (module, step) in _PEERS.items()
+    if importlib.util.find_spec(module) is not None
+}
+
+
+def data(name, n):
+    """Random examples and classes, numpy arrays, as of the Keras model of that name."""
+    rng = np.random.default_rng(0)
+    shape = {"mlp": (784,), "cnn": (28, 28, 1)}[name]
+    return rng.normal(size=(n, *shape)).astype("float32"), rng.integers(0, 10, n)

@@ -3,7 +3,7 @@
 Milliseconds of a training step, from whole epochs of `fit`, medians of interleaved repeats, for
 plain Keras SGD and for RGD by each way, uncompiled ("graph") and compiled with XLA; beside them,
 where the extra `bench` is installed, the other libraries that form per-example gradients, each
-doing the work of one RGD step. And the peak memory of a process that does nothing but this one
+doing the work of one RGD step in a process of its own right after. And the peak memory of a process that does nothing but this one
 fit, above what it held before it built the model.
 
     python -m pip install -e ".[bench]"
@@ -21,6 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+import peers
 
 WAYS = ("sgd", "layerwise", "double_backward", "vectorized_map")
 MODES = ("graph", "xla")
@@ -51,9 +53,8 @@ def fit_seconds(model, x, y, n, steps):
 
 
 def measure_time(name, n, mode, ways, steps, repeats):
-    """Milliseconds of a step by each way and each peer, and seconds until the first is done."""
+    """Milliseconds of a step by each way, and seconds until the first is done."""
     import models
-    import peers
 
     steps = steps or models.benchmark(name).steps
     x, y = models.benchmark(name).data(n * steps)
@@ -66,13 +67,6 @@ def measure_time(name, n, mode, ways, steps, repeats):
             print(f"{name} {n} {mode} {way}: refused, {str(error)[:100]}", file=sys.stderr)
             continue
         runs[way] = lambda model=model: fit_seconds(model, x, y, n, steps) / steps
-    few = max(1, steps // 10)
-    for peer, step_of in peers.installed().items() if name in PEERS else ():
-        step = step_of(name, x[:n], y[:n])
-        start = time.perf_counter()
-        step()
-        first[peer] = time.perf_counter() - start
-        runs[peer] = lambda step=step: _seconds(step, few) / few
     times = {key: [] for key in runs}
     for run in runs.values():
         run()
@@ -85,11 +79,17 @@ def measure_time(name, n, mode, ways, steps, repeats):
     }
 
 
-def _seconds(step, count):
-    start = time.perf_counter()
-    for _ in range(count):
+def measure_peer(name, n, peer, repeats):
+    """The same of one peer; in a process without TensorFlow, which torch does not bear."""
+    import peers
+
+    step = peers.INSTALLED[peer](name, *peers.data(name, n))
+    times = []
+    for _ in range(2 * repeats + 1):
+        start = time.perf_counter()
         step()
-    return time.perf_counter() - start
+        times.append(time.perf_counter() - start)
+    return {peer: {"ms": 1e3 * statistics.median(times[1:]), "first": times[0]}}
 
 
 def measure_memory(name, n, mode, way):
@@ -167,7 +167,8 @@ def main():
     args = parser.parse_args()
     if args.only:
         kind, *rest = json.loads(args.only)
-        print(json.dumps({"time": measure_time, "memory": measure_memory}[kind](*rest)))
+        measure = {"time": measure_time, "memory": measure_memory, "peer": measure_peer}[kind]
+        print(json.dumps(measure(*rest)))
         return
     rows = []
     print("| model | N | way | graph | XLA | best / SGD's best | memory graph | XLA | first step |")
@@ -178,6 +179,11 @@ def main():
                 mode: in_a_process("time", name, n, mode, args.ways, args.steps, args.repeats)
                 for mode in args.modes
             }
+            for peer in peers.INSTALLED if name in PEERS else ():
+                # They have no modes; JAX's is compiled, torch's are not.
+                times["graph" if "graph" in times else "xla"] |= in_a_process(
+                    "peer", name, n, peer, args.repeats
+                )
             best_sgd = min(t["sgd"]["ms"] for t in times.values() if "sgd" in t)
             for way in dict.fromkeys(key for t in times.values() for key in t):
                 best = min(t[way]["ms"] for t in times.values() if way in t)

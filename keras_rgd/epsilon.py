@@ -20,8 +20,16 @@ _JUST_UNDER = 1 - 2.0**-10
 _BISECTIONS = 30
 
 
+class InUnits:
+    """What is kept in a unit, `unit`**2 for eigenvalues."""
+
+    def in_true_units(self, epsilon):
+        """`epsilon` times unit**-2, at most the largest number of the dtype."""
+        return tf.minimum(epsilon / self.unit / self.unit, epsilon.dtype.max)
+
+
 @dataclasses.dataclass(frozen=True)
-class Spectrum:
+class Spectrum(InUnits):
     """What a rule knows of D and a vector v, in the unit `unit`**2 for eigenvalues.
 
     Attributes:
@@ -54,13 +62,9 @@ class Spectrum:
         """A `Spectrum` whose weak-field error is cheap for many eps: this one."""
         return self
 
-    def in_true_units(self, epsilon):
-        """`epsilon` times unit**-2, at most the largest number of the dtype."""
-        return in_true_units(self, epsilon)
-
 
 @dataclasses.dataclass(frozen=True)
-class GramSpectrum:
+class GramSpectrum(InUnits):
     """A spectrum known by its matrix in example space; everything in the unit `unit`**2.
 
     Attributes:
@@ -101,15 +105,6 @@ class GramSpectrum:
         start = tf.math.divide_no_nan(self.products, length)
         nodes, weights = bounds.lanczos_measure(self.gram, start, tf.minimum(mass, self.lambda_max))
         return Spectrum(self.lambda_max, nodes, weights, self.unit)
-
-    def in_true_units(self, epsilon):
-        """`epsilon` times unit**-2, at most the largest number of the dtype."""
-        return in_true_units(self, epsilon)
-
-
-def in_true_units(spectrum, epsilon):
-    """`epsilon` in the spectrum's unit**-2 as a number, at most the largest of the dtype."""
-    return tf.minimum(epsilon / spectrum.unit / spectrum.unit, epsilon.dtype.max)
 
 
 class Rule(abc.ABC):

@@ -645,3 +645,18 @@ CASES = [
 ]
 
 BY_NAME = {case.name: case for case in CASES}
+
+ONE_OF_EACH_KIND = (
+    "conv2d",
+    "batch_normalization",
+    "dropout",
+    "embedding_mask_loss",
+    "multi_head_attention",
+    "lstm",
+    "two_inputs_two_outputs",
+    "dictionaries",
+    "class_weight",
+    "regularizers",
+    "weights_over_time",
+    "own_compute_loss",
+)

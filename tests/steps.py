@@ -14,6 +14,13 @@ import keras_rgd
 MODES = ("graph", "xla")
 
 
+def modes(way, name):
+    """The modes in which a case's step is taken: compiling the lanes of all would take minutes."""
+    if way == "vectorized_map" and name not in cases.ONE_OF_EACH_KIND:
+        return MODES[:1]
+    return MODES
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What one `train_on_batch` with learning rate 1 and momentum 0 did, as numpy arrays."""
