@@ -3,8 +3,8 @@
 Milliseconds of a training step, from whole epochs of `fit`, medians of interleaved repeats, for
 plain Keras SGD and for RGD by each way, uncompiled ("graph") and compiled with XLA; beside them,
 where the extra `bench` is installed, the other libraries that form per-example gradients, each
-doing the work of one RGD step in a process of its own right after. And the peak memory of a process that does nothing but this one
-fit, above what it held before it built the model.
+doing the work of one RGD step in a process of its own right after. And the peak memory of a
+process that does nothing but this one fit, above what it held before it built the model.
 
     python -m pip install -e ".[bench]"
     python benchmarks/step_cost.py --csv step_cost.csv --plot step_cost.png

@@ -165,6 +165,7 @@ class RGDMixin:
                 chunk_size=rgd.chunk_size,
                 compiled=compiled,
                 n_examples=choice.n_examples,
+                repeats=choice.repeats,
             )
 
     def save_assets(self, path):

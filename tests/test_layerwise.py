@@ -11,6 +11,7 @@ from cases import BY_NAME
 from keras import layers as L
 
 import keras_rgd
+from keras_rgd import per_example as ways
 from keras_rgd.per_example import layerwise
 
 ops = keras.ops
@@ -249,17 +250,103 @@ def test_eager_steps_have_no_trace_to_read():
         model.train_on_batch(x, y)
 
 
-@pytest.mark.parametrize("name", ["dropout", "batch_normalization"])
+@pytest.mark.parametrize("name", ["dropout", "batch_normalization", "lstm_dropout"])
 def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
     case = BY_NAME[name]
-    for _ in range(2):
-        model = steps.build(case)
-        case.compile(model, keras_rgd.RGD(0.0))
-        before = [w.numpy() for w in model.trainable_variables]
-        model.train_on_batch(*case.batch()[:2])
-        for a, b in zip(before, model.trainable_variables, strict=True):
-            np.testing.assert_array_equal(a, b.numpy())
-    # Seeds and moving statistics: test_seeds_and_moving_statistics_move_as_under_sgd.
+    model = case.compile(steps.build(case), keras_rgd.RGD(0.1), metrics=["accuracy"])
+    x, y, _ = case.batch()
+    model.evaluate(x, y, verbose=0)  # builds the metrics
+    variables = [*model.variables, *(v for m in model.metrics for v in m.variables)]
+    before = [v.numpy() for v in variables]
+    ways.choose_way(
+        model,
+        "auto",
+        *map(tf.constant, (x, y)),
+        None,
+        training=True,
+        dynamic=True,
+        compiled=False,
+    )
+    for a, b in zip(before, variables, strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+
+
+# sizes that coincide, and sizes that are not known
+
+
+def directions(build, x, y, n=None):
+    """The steps by "auto" and by "double_backward" with one epsilon, on batches of n."""
+    results = []
+    for way in ("auto", "double_backward"):
+        keras.utils.set_random_seed(3)
+        model = build()
+        rule = keras_rgd.epsilon.Fixed(1e-2)
+        model.compile(keras_rgd.RGD(1.0, rule, per_example=way), cases.CROSSENTROPY())
+        before = reference.flatten(model.trainable_variables)
+        model.fit(x, y, batch_size=n or len(x), shuffle=False, verbose=0)
+        results.append(before - reference.flatten(model.trainable_variables))
+        if way == "auto":
+            assert model.optimizer.per_example_choice.way == "layerwise"
+            assert float(model.optimizer.chosen_epsilon) > 0
+    return results
+
+
+def test_as_many_examples_as_timesteps_are_told_apart():
+    """A weight repeated over the timesteps looks as one repeated for each example."""
+
+    def build():
+        repeated = Own(lambda x, w: x + ops.tanh(ops.broadcast_to(w, (T, D))), (1, D))
+        return keras_rgd.RGDSequential([keras.Input((T, D)), repeated, L.Flatten(), L.Dense(3)])
+
+    x, y = own_batch()
+    for n in (T, N):
+        auto, other = directions(build, x[:n], y[:n])
+        assert reference.relative_error(auto, other) < 1e-6
+
+
+def test_more_timesteps_than_examples_in_an_unrolled_layer():
+    def build():
+        stack = [keras.Input((9, D)), L.LSTM(4, unroll=True), L.Dense(3)]
+        return keras_rgd.RGDSequential(stack)
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 9, D)).astype("float32"), rng.integers(0, 3, 4)
+    for n in (2, 3):  # of a size that is known, and of one that is not
+        auto, other = directions(build, x, y, n)
+        assert reference.relative_error(auto, other) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["used in two ways", "class token", "strided convolution"])
+def test_batches_of_unknown_size(name):
+    x, y = own_batch()
+    auto, other = directions(lambda: own_model(*OWN[name]), x, y, 4)
+    assert reference.relative_error(auto, other) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_half_precision_hides_no_mixing(policy):
+    keras.config.set_dtype_policy(policy)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 5)).astype("float32"), rng.integers(0, 3, 16)
+    for layer, way in (
+        (L.BatchNormalization, "double_backward"),
+        (L.LayerNormalization, "layerwise"),
+    ):
+        stack = [L.Dense(8), layer(name="norm"), L.Activation("tanh"), L.Dense(3)]
+        model = keras_rgd.RGDSequential([keras.Input((5,)), *stack])
+        model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+        model.train_on_batch(x, y)
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        assert optimizer.per_example_choice.way == way, optimizer.per_example_choice
+
+
+def test_gradients_that_are_not_finite_show_nothing():
+    x, y = own_batch()
+    model = own_model(ops.matmul, (D, 5))
+    model.layers[-1].bias.assign([np.nan, 0, 0])
+    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+    model.train_on_batch(x, y)
+    assert model.optimizer.per_example_choice.way == "double_backward"
 
 
 # M_x

@@ -107,6 +107,7 @@ class Choice:
     way: str
     reason: str
     n_examples: int
+    repeats: bool = False  # see `Layerwise`
 
     def __str__(self):
         return f"{self.way}: {self.reason}"
@@ -142,28 +143,33 @@ def choose_way(model, per_example, x, y, sample_weight, *, training, dynamic, co
     try:
         if model.run_eagerly:
             raise checks.NotExactError(
-                "With run_eagerly=True there is no traced step, which per_example='layerwise' "
-                "reads. Compile without it, or write per_example='double_backward' (or 'auto')."
+                "With run_eagerly=True there is no traced step to read.",
+                "Compile without it, or write per_example='double_backward' (or 'auto').",
             )
         if n == 1 and per_example == "auto":
             raise checks.NotExactError(
-                "The first batch is one example, which cannot show whether examples mix."
+                "The first batch is one example, which cannot show whether examples mix.",
+                "Let it have two or more.",
             )
         traced = checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
     except checks.NotExactError as error:
         if per_example == "layerwise":
             raise
-        return Choice("double_backward", str(error).split(" per_example=")[0], n)
+        return Choice("double_backward", error.reason, n)
     if traced.gram_is_cheap:
-        return Choice("layerwise", "examples do not mix; M_x is bounded by a Gram matrix", n)
+        return Choice(
+            "layerwise", "examples do not mix; M_x is bounded by a Gram matrix", n, traced.repeats
+        )
     reason = (
         f"examples do not mix; M_x is estimated, as at N = {n} a Gram matrix would take "
         f"{traced.gram_work:.1f} times the products of an SGD step"
     )
-    return Choice("layerwise", reason, n)
+    return Choice("layerwise", reason, n, traced.repeats)
 
 
-def make_way(model, per_example, *, training, chunk_size=None, compiled=False, n_examples=64):
+def make_way(
+    model, per_example, *, training, chunk_size=None, compiled=False, n_examples=64, repeats=True
+):
     """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
 
     Args:
@@ -173,11 +179,12 @@ def make_way(model, per_example, *, training, chunk_size=None, compiled=False, n
         chunk_size: examples whose gradients "vectorized_map" holds at once.
         compiled: whether the caller compiles what it traces with XLA.
         n_examples: N, to count work by where the trace does not know it.
+        repeats: as `Choice.repeats`.
     """
     if per_example == "double_backward":
         return functools.partial(_double_backward, model, training, chunk_size)
     if per_example == "layerwise":
-        return functools.partial(_layerwise, model, training, n_examples, compiled)
+        return functools.partial(_layerwise, model, training, n_examples, compiled, repeats)
     rows = lanes.rows_function(model, training, lanes.vectorized, compiled)
     return functools.partial(_lanes, model, training, chunk_size, rows, per_example)
 
@@ -187,9 +194,10 @@ def _double_backward(model, training, chunk_size, x, y, sample_weight=None, loss
 
 
 def _layerwise(
-    model, training, n, compiled, x, y, sample_weight=None, loss_scale=1.0, precise=False
+    model, training, n, compiled, repeats, x, y, sample_weight=None, loss_scale=1.0, precise=False
 ):
-    return Layerwise(model, x, y, sample_weight, training, loss_scale, n, compiled, precise)
+    options = dict(n=n, compiled=compiled, repeats=repeats, precise=precise)
+    return Layerwise(model, x, y, sample_weight, training, loss_scale, **options)
 
 
 def _lanes(model, training, chunk_size, rows, way, x, y, sample_weight=None, loss_scale=1.0):
@@ -251,9 +259,7 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
     if way == "auto":
         way = _measuring_choice(model, x, y, sample_weight, training)
     elif way == "layerwise":
-        checks.check_layerwise(
-            model, x, y, sample_weight, training, dynamic=checks.takes_any_size(model)
-        )
+        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False)
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
     if way == "layerwise":
@@ -282,8 +288,7 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
 def _measuring_choice(model, x, y, sample_weight, training):
     try:
         if batch_size(x) > 1:
-            dynamic = checks.takes_any_size(model)
-            checks.check_layerwise(model, x, y, sample_weight, training, dynamic)
+            checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False)
             return "layerwise"
     except checks.NotExactError:
         pass

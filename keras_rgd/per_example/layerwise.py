@@ -51,6 +51,8 @@ class Layerwise(PerExampleGradients):
         loss_scale: factor that keeps half-precision gradients in range; it cancels.
         n: N, to count work by where it is not known when the step is traced. Defaults to `64`.
         compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
+        repeats: whether an operation may give a weight its axis of examples, as `check_layerwise`
+            found it to. Defaults to `True`.
         precise: whether to work in float64, so that the Gram matrix keeps the digits that
             centring loses; and to form it whatever it costs. Defaults to `False`.
 
@@ -71,6 +73,7 @@ class Layerwise(PerExampleGradients):
         loss_scale=1.0,
         n=64,
         compiled=False,
+        repeats=True,
         precise=False,
     ):
         self.weights = [w.value for w in model.trainable_variables]
@@ -98,14 +101,15 @@ class Layerwise(PerExampleGradients):
         self._tape, zero = tape, tf.UnconnectedGradients.ZERO
         # What reaches the weights by another way than the copies is grad r.
         self._r_gradient = None
-        if any(g is not None for g in tape.gradient(self.loss, self.weights)):
-            r_gradient = tape.gradient(self.loss, self.weights, unconnected_gradients=zero)
-            self._r_gradient = self.cast(r_gradient)
+        r_gradient = tape.gradient(self.loss, self.weights)
+        if any(g is not None for g in r_gradient):
+            pairs = zip(r_gradient, self.weights, strict=True)
+            self._r_gradient = self.cast([tf.zeros(w.shape) if g is None else g for g, w in pairs])
         cotangents = tape.gradient(scaled, copies, unconnected_gradients=zero)
         cotangents, unit = _in_unit(cotangents, self.dtype)
         self._unit = unit / tf.cast(loss_scale, self.dtype)
         known = self.n_examples if isinstance(self.n_examples, int) else None
-        uses = find_uses(operations, self.weights, examples, known)
+        uses = find_uses(operations, self.weights, examples, known, repeats)
         gradients = tape.gradient(outputs, [use.output for use in uses], cotangents)
         self.repeats = any(use.repeats for use in uses)
         self._uses = _merged(

@@ -107,7 +107,7 @@ class Use:
         return self.op.outputs[0]
 
 
-def find_uses(operations, weights, examples, n):
+def find_uses(operations, weights, examples, n, repeats):
     """The uses of weights among the operations of a forward pass.
 
     Args:
@@ -115,6 +115,8 @@ def find_uses(operations, weights, examples, n):
         weights: the trainable `tf.Variable`s.
         examples: the tensors that the forward pass was given, axis 0 for the examples.
         n: N where it is known, else `None`.
+        repeats: whether an operation may give a weight its axis of examples; where N is known, an
+            axis that happens to be as long looks the same.
 
     Returns:
         A list of `Use`.
@@ -157,7 +159,7 @@ def find_uses(operations, weights, examples, n):
                     blocks[t.name] = int(size.prod()) if there else 1
                     entries = _entries(t)
                     elements[t.name] = entries and entries * blocks[t.name]
-        elif via and _gives_examples(op, n):
+        elif via and repeats and _gives_examples(op, n):
             positions, through = 1, 1
             elements[op.outputs[0].name] = _entries(op.outputs[0])
         else:
@@ -210,7 +212,11 @@ def _positions(op, joined, elements):
 
 
 def _entries_of_output(op, t, positions, elements):
-    if op.type in ("Reshape", "ExpandDims", "Squeeze", "Identity", "Transpose"):
+    """Entries of one example in an output; `None` where axis 0 may be another than theirs."""
+    if op.type == "Transpose":
+        order = tf.get_static_value(op.inputs[1])
+        return elements if order is not None and order[0] == 0 else None
+    if op.type in ("Reshape", "ExpandDims", "Squeeze", "Identity"):
         return elements
     row = _entries(t)
     if row is None or positions is None:
