@@ -336,14 +336,14 @@ def test_trace_power_bound_is_tight_where_all_other_eigenvalues_are_equal(n, oth
     assert float(bounds.trace_power_bound(k)) == pytest.approx(3, rel=1e-3)
 
 
-@pytest.mark.parametrize("n", [64, 256, 2048])
-def test_trace_power_bound_keeps_the_fraction_above_six_tenths(n):
-    """The worst spectra have some eigenvalues equal to the largest and the others 0."""
-    worst = 0.0
-    for count in (1, 2, n // 8, n // 4, n // 2, 3 * n // 4):
-        k = tf.linalg.diag([1.0] * count + [0.0] * (n - count))
-        worst = max(worst, float(bounds.trace_power_bound(k)))
-    assert 1.0 < worst < 1 / 0.6
+@pytest.mark.parametrize("n, most", [(64, 1.21), (256, 1.31), (2048, 1.49)])
+def test_trace_power_bound_keeps_the_fraction_above_six_tenths(n, most):
+    """The worst spectra have half of the eigenvalues equal to the largest and the others 0."""
+    received = [
+        float(bounds.trace_power_bound(tf.linalg.diag([1.0] * count + [0.0] * (n - count))))
+        for count in (1, 2, n // 8, n // 4, n // 2, 3 * n // 4)
+    ]
+    assert most - 0.02 < max(received) < most < 1 / 0.6
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 0.999])
