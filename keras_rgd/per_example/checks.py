@@ -220,7 +220,12 @@ def _compare(model, batch, training, n, open_sizes, repeats=True):
         except (ValueError, TypeError) as error:
             raise _NotApartError(_reason(error)) from error
 
-    run_by_uses = _traced_for_batches(by_uses, batch, open_sizes)
+    def ordinary(batch, w):
+        return _ordinary_combination(model, *batch, training, w)
+
+    run_by_uses, run_ordinary = (
+        _traced_for_batches(f, batch, open_sizes) for f in (by_uses, ordinary)
+    )
     rng = np.random.default_rng(0)
     dtype = working_dtype([w.value for w in model.trainable_variables])
     w = tf.constant(rng.normal(size=batch_size(batch[0])), dtype)
@@ -233,7 +238,7 @@ def _compare(model, batch, training, n, open_sizes, repeats=True):
                 with unchanged(model):
                     ours, squares = run_by_uses(w)
                 with unchanged(model):
-                    theirs = _ordinary_combination(model, *batch, training, w)
+                    theirs = run_ordinary(w)
                 # Weights a little off may be outside of what a layer takes.
                 wrong = wrong or _first_unequal(model, ours, theirs, finite=noise == 0)
                 if not wrong and _differ(min(squares), max(squares), 10 * _tolerance(model)):

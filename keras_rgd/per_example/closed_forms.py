@@ -277,13 +277,15 @@ class Convolution(Form):
             pads.append([before, needed - before])
             last = (places - 1) * stride + 1
             slices.append([slice(k * dilation, k * dilation + last, stride) for k in range(window)])
-        image = self._image
-        if any(sum(pad) for pad in pads):
-            image = tf.pad(image, [*pads, [0, 0]])
         shifts = [[]]
         for axis in slices:
             shifts = [[*shift, s] for shift in shifts for s in axis]
-        return [image[(slice(None), *shift)] for shift in shifts]
+        # Not before the backward pass comes here: those of all layers would fill the memory.
+        with tf.control_dependencies([self._response]):
+            image = self._image
+            if any(sum(pad) for pad in pads):
+                image = tf.pad(image, [*pads, [0, 0]])
+            return [image[(slice(None), *shift)] for shift in shifts]
 
     def _of_examples(self, t):
         return tf.reshape(t, [-1, self._p, t.shape[-1]])
