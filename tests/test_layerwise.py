@@ -1,5 +1,7 @@
 """Layerwise per-example gradients: layers of the user's own, what is refused, what is counted."""
 
+import gc
+
 import cases
 import keras
 import numpy as np
@@ -269,6 +271,21 @@ def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
     )
     for a, b in zip(before, variables, strict=True):
         np.testing.assert_array_equal(a, b.numpy())
+
+
+def test_no_trace_of_choosing_stays_in_memory():
+    def graphs():
+        gc.collect()
+        return sum(isinstance(o, tf.Graph) for o in gc.get_objects())
+
+    case = BY_NAME["dense"]
+    model = case.compile(steps.build(case), keras_rgd.RGD(0.1))
+    x, y, _ = case.batch()
+    batch = tf.constant(x), tf.constant(y), None
+    before = graphs()
+    choice = ways.choose_way(model, "auto", *batch, training=True, dynamic=True, compiled=False)
+    assert choice.way == "layerwise"
+    assert graphs() == before
 
 
 # sizes that coincide, and sizes that are not known

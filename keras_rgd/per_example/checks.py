@@ -136,7 +136,7 @@ def check_exact(model, x, y, sample_weight, training):
 def check_layerwise(model, x, y, sample_weight, training, dynamic):
     """Raise `NotExactError` unless "layerwise" is exact on this batch, with these weights and near.
 
-    It is where sum_i w_i g_i for arbitrary w is what ordinary differentiation of sum_i w_i f_i
+    It is where sum_i m_i grad f_i for arbitrary m is what ordinary differentiation of sum_i m_i f_i
     gives: any example that another's loss depends on, and any use of a weight that was not seen,
     would break that. Weights that start at zero hide what lies before them, so it is asked again
     with the weights a little off.
@@ -211,36 +211,28 @@ def _compare(model, batch, training, n, open_sizes, repeats=True):
     """Where a step by "layerwise" on a batch is wrong, or None; and what its trace shows."""
     traced = []
 
-    def by_uses(batch, w):
+    def both(batch, m):
         way = Layerwise(model, *batch, training=training, n=n, repeats=repeats)
         work = way.gram_work / max(way.step_work, 1)
         traced.append(Traced(way.gram_is_cheap, work, way.repeats))
         try:
-            return vectors.add(way.gradient, way.combine(w)), way.squares(w)
+            ours, squares = way.reweighted_and_squares(m)
+            return ours, way.reweighted_ordinarily(m), squares
         except (ValueError, TypeError) as error:
             raise _NotApartError(_reason(error)) from error
 
-    def ordinary(batch, w):
-        return _ordinary_combination(model, *batch, training, w)
-
-    run_by_uses, run_ordinary = (
-        _traced_for_batches(f, batch, open_sizes) for f in (by_uses, ordinary)
-    )
+    trial = _traced_for_batches(both, batch, open_sizes)
     rng = np.random.default_rng(0)
     dtype = working_dtype([w.value for w in model.trainable_variables])
-    w = tf.constant(rng.normal(size=batch_size(batch[0])), dtype)
+    m = tf.constant(1 + rng.normal(size=batch_size(batch[0])), dtype)
     wrong = None
     try:
         for noise in (0.0, 0.1):
             with unchanged(model):
                 _shake(model, noise, rng)
-                # Both draw the same random numbers.
-                with unchanged(model):
-                    ours, squares = run_by_uses(w)
-                with unchanged(model):
-                    theirs = run_ordinary(w)
+                ours, ordinary, squares = trial(m)
                 # Weights a little off may be outside of what a layer takes.
-                wrong = wrong or _first_unequal(model, ours, theirs, finite=noise == 0)
+                wrong = wrong or _first_unequal(model, ours, ordinary, finite=noise == 0)
                 if not wrong and _differ(min(squares), max(squares), 10 * _tolerance(model)):
                     wrong = "a weight"
     except (_NotApartError, tf.errors.OpError) as error:
@@ -249,38 +241,24 @@ def _compare(model, batch, training, n, open_sizes, repeats=True):
     return wrong, traced[-1] if traced else None
 
 
-def _ordinary_combination(model, x, y, sample_weight, training, w):
-    """grad(L(1) + sum_i w_i f_i) by ordinary differentiation, a list of tensors."""
-    n = batch_size(x)
-    weights = [v.value for v in model.trainable_variables]
-    with tf.GradientTape() as tape:
-        u = tf.ones([n], w.dtype)
-        y_pred = call_model(model, x, training)
-        loss, derivatives = example_losses(model, x, y, y_pred, sample_weight, u, training)
-        losses = tf.cast(n, w.dtype) * tf.cast(derivatives, w.dtype)
-        target = tf.cast(loss, w.dtype) + tf.reduce_sum(w * losses)
-    gradient = tape.gradient(target, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return [tf.cast(tf.convert_to_tensor(g), w.dtype) for g in gradient]
-
-
 def _traced_for_batches(function, batch, dynamic):
-    """`function(batch, w)` as a graph function of the batch's tensors, sizes open if `dynamic`."""
+    """`function(batch, m)` as a graph function of the batch's tensors, sizes open if `dynamic`."""
     flat = keras.tree.flatten(batch)
     tensors = [tf.convert_to_tensor(t) for t in flat if t is not None]
 
-    def packed(tensors, w):
+    def packed(tensors, m):
         tensors = iter(tensors)
         given = [None if t is None else next(tensors) for t in flat]
-        return function(keras.tree.pack_sequence_as(batch, given), w)
+        return function(keras.tree.pack_sequence_as(batch, given), m)
 
     def open_size(t):
         return tf.TensorSpec([None, *t.shape[1:]] if dynamic else t.shape, t.dtype)
 
     traced = tf.function(packed, autograph=False)
 
-    def run(w):
-        signature = [open_size(t) for t in tensors], open_size(w)
-        return traced.get_concrete_function(*signature)(tensors, w)
+    def run(m):
+        signature = [open_size(t) for t in tensors], open_size(m)
+        return traced.get_concrete_function(*signature)(tensors, m)
 
     return run
 
@@ -288,10 +266,11 @@ def _traced_for_batches(function, batch, dynamic):
 def _shake(model, noise, rng):
     """Move each trainable weight by about `noise` of its size; away from 0 where it is 0."""
     for variable in model.trainable_variables if noise else []:
-        value = keras.ops.convert_to_numpy(variable).astype("float64")
-        moved = value * (1 + noise * rng.normal(size=value.shape))
-        off = noise * rng.normal(size=value.shape)
-        variable.assign(np.where(value == 0, off, moved))
+        value = np.array(keras.ops.convert_to_numpy(variable), "float32")
+        moves = rng.standard_normal(value.shape, "float32")
+        moves *= noise
+        moves *= np.where(value == 0, np.float32(1), value)
+        variable.assign(np.add(value, moves, out=value))
 
 
 def _first_unequal(model, ours, ordinary, finite=True):

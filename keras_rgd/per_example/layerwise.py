@@ -99,6 +99,7 @@ class Layerwise(PerExampleGradients):
             f_mean = tf.reduce_sum(tf.cast(derivatives, self.dtype))
             scaled = tf.cast(loss_scale, self.dtype) * f_mean
         self._tape, zero = tape, tf.UnconnectedGradients.ZERO
+        self._derivatives, self._outputs, self._copies = derivatives, outputs, copies
         # What reaches the weights by another way than the copies is grad r.
         self._r_gradient = None
         r_gradient = tape.gradient(self.loss, self.weights)
@@ -110,7 +111,8 @@ class Layerwise(PerExampleGradients):
         self._unit = unit / tf.cast(loss_scale, self.dtype)
         known = self.n_examples if isinstance(self.n_examples, int) else None
         uses = find_uses(operations, self.weights, examples, known, repeats)
-        gradients = tape.gradient(outputs, [use.output for use in uses], cotangents)
+        # A tape would leak the graph, where one use's output leads to another's.
+        gradients = tf.gradients(outputs, [use.output for use in uses], cotangents)
         self.repeats = any(use.repeats for use in uses)
         self._uses = _merged(
             [
@@ -138,8 +140,7 @@ class Layerwise(PerExampleGradients):
         return self.reweighted(tf.ones([self.n_examples], self.dtype))
 
     def reweighted(self, m):
-        combined = self._combine(m * self._unit)
-        return combined if self._r_gradient is None else vectors.add(self._r_gradient, combined)
+        return self._with_r(self._combine(m * self._unit))
 
     def combine(self, w):
         return self._combine(w * self._n * self._unit)
@@ -168,16 +169,42 @@ class Layerwise(PerExampleGradients):
         largest = tf.reduce_max(tf.linalg.diag_part(gram))
         return ExampleSpace(gram, products=k, square=square, largest=largest, unit=self._unit)
 
-    def squares(self, w):
-        """|sum_i w_i g_i|^2 / (N unit)^2 by each operation: three scalars that must agree.
+    def reweighted_ordinarily(self, m):
+        """`reweighted(m)` by ordinary differentiation of the same forward pass."""
+        total, factors = [self.loss, self._derivatives], [tf.ones_like(self.loss)]
+        factors.append(tf.cast(m - 1, self._derivatives.dtype))
+        zero = tf.UnconnectedGradients.ZERO
+        cotangents = self._tape.gradient(total, self._copies, factors, unconnected_gradients=zero)
+        return self.cast(
+            self._tape.gradient(
+                total + self._outputs,
+                self.weights,
+                factors + cotangents,
+                unconnected_gradients=zero,
+            )
+        )
+
+    def reweighted_and_squares(self, m):
+        """`reweighted(m)` and its square, but for grad r and in some unit, by two operations.
+
+        By `combine`, and by `gram` or `dot`, whichever a step uses.
 
         Args:
-            w: shape (N,).
+            m: shape (N,).
+
+        Returns:
+            A list of tensors; two scalars that must agree.
         """
-        combined = self._combine(w)
-        by_gram = tf.reduce_sum(w * tf.linalg.matvec(tf.cast(self._gram, self.dtype), w))
-        by_dot = tf.reduce_sum(w * tf.cast(self._dot(combined), self.dtype))
-        return vectors.inner(combined, combined), by_dot, by_gram
+        combined = self._combine(m)
+        if self.gram_is_cheap:
+            products = tf.linalg.matvec(tf.cast(self._gram, self.dtype), m)
+        else:
+            products = tf.cast(self._dot(combined), self.dtype)
+        squares = vectors.inner(combined, combined), tf.reduce_sum(m * products)
+        return self._with_r(vectors.scale(combined, self._unit)), squares
+
+    def _with_r(self, combined):
+        return combined if self._r_gradient is None else vectors.add(self._r_gradient, combined)
 
     # Below, in the unit of the gradients: g_i / (N unit).
 
