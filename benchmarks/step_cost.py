@@ -149,6 +149,11 @@ def plot(rows, path):
         axis.set(title=name, xlabel="examples N", xscale="log", yscale="log")
         ns = sorted({row["n"] for row in rows})
         axis.set_xticks(ns, labels=[str(n) for n in ns])
+        low, high = axis.get_ylim()
+        high = max(high, 2.2)
+        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= t <= high]
+        axis.set_ylim(low, high)
+        axis.set_yticks(ticks, labels=[str(t) for t in ticks])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("time of a step / SGD's")
     handles = {}

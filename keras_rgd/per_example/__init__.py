@@ -259,7 +259,7 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
     if way == "auto":
         way = _measuring_choice(model, x, y, sample_weight, training)
     elif way == "layerwise":
-        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False)
+        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False, precise=True)
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
     if way == "layerwise":
@@ -288,7 +288,9 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
 def _measuring_choice(model, x, y, sample_weight, training):
     try:
         if batch_size(x) > 1:
-            checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False)
+            checks.check_layerwise(
+                model, x, y, sample_weight, training, dynamic=False, precise=True
+            )
             return "layerwise"
     except checks.NotExactError:
         pass

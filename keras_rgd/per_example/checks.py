@@ -6,6 +6,7 @@ statistics, states and metrics.
 
 import contextlib
 import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -133,7 +134,7 @@ def check_exact(model, x, y, sample_weight, training):
         )
 
 
-def check_layerwise(model, x, y, sample_weight, training, dynamic):
+def check_layerwise(model, x, y, sample_weight, training, dynamic, precise=False):
     """Raise `NotExactError` unless "layerwise" is exact on this batch, with these weights and near.
 
     It is where sum_i m_i grad f_i for arbitrary m is what ordinary differentiation of sum_i m_i f_i
@@ -148,6 +149,7 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic):
         sample_weight: its sample weights or `None`.
         training: whether layers behave as in training.
         dynamic: whether the step is traced for batches of any size; a few examples will then do.
+        precise: as in `Layerwise`. Defaults to `False`.
 
     Returns:
         A `Traced`.
@@ -159,10 +161,13 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic):
     if dynamic and takes_any_size(model):
         batch = first_examples(batch, _FEW)
     try:
-        wrong, way = _compare(model, batch, training, batch_size(x), dynamic)
+        compare = functools.partial(
+            _compare, model, batch, training, batch_size(x), dynamic, precise
+        )
+        wrong, way = compare()
         if wrong is not None and way is not None and way.repeats:
             # An axis that is as long as the batch may have been taken for that of the examples.
-            wrong, way = _compare(model, batch, training, batch_size(x), dynamic, repeats=False)
+            wrong, way = compare(repeats=False)
     except NotVisibleError as error:
         variable = model.trainable_variables[error.weight]
         owner = [a for a in model._flatten_layers() if any(v is variable for v in a.variables)][-1]
@@ -207,12 +212,13 @@ class Traced:
     repeats: bool  # whether a weight is repeated for each example
 
 
-def _compare(model, batch, training, n, open_sizes, repeats=True):
+def _compare(model, batch, training, n, open_sizes, precise, repeats=True):
     """Where a step by "layerwise" on a batch is wrong, or None; and what its trace shows."""
     traced = []
 
     def both(batch, m):
-        way = Layerwise(model, *batch, training=training, n=n, repeats=repeats)
+        options = dict(training=training, n=n, repeats=repeats, precise=precise)
+        way = Layerwise(model, *batch, **options)
         work = way.gram_work / max(way.step_work, 1)
         traced.append(Traced(way.gram_is_cheap, work, way.repeats))
         try:

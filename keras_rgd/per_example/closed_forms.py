@@ -35,11 +35,13 @@ class Form(abc.ABC):
         work: of the operation itself, forward.
         gram_work: of `gram`, or of the rows and their products.
         has_rows: whether rows are formed anyway, as for a Gram matrix.
+        after: tensors before which no large intermediate is formed, to save memory.
     """
 
     work: int
     gram_work: int
     has_rows = False
+    after = ()
 
     def __init__(self, shape):
         self.shape = list(shape)
@@ -281,7 +283,7 @@ class Convolution(Form):
         for axis in slices:
             shifts = [[*shift, s] for shift in shifts for s in axis]
         # Not before the backward pass comes here: those of all layers would fill the memory.
-        with tf.control_dependencies([self._response]):
+        with tf.control_dependencies([self._response, *self.after]):
             image = self._image
             if any(sum(pad) for pad in pads):
                 image = tf.pad(image, [*pads, [0, 0]])

@@ -79,7 +79,7 @@ class Layerwise(PerExampleGradients):
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(x)
         self._compiled = compiled
-        self._inner = tf.float64 if precise else self.dtype
+        self._inner, self._one_by_one = tf.float64 if precise else self.dtype, precise
         self._n = tf.cast(self.n_examples, self.dtype)
         counted = self.n_examples if isinstance(self.n_examples, int) else n
         u = tf.ones([self.n_examples], self.dtype)
@@ -127,7 +127,8 @@ class Layerwise(PerExampleGradients):
         cheap = self.gram_work <= max(_GRAM_STEPS * self.step_work, _GRAM_FLOOR)
         self.gram_is_cheap = precise or cheap
         for _, form in self._uses:
-            form.has_rows = self.gram_is_cheap
+            # Rows of all uses at once, in float64, would take too much room.
+            form.has_rows = cheap and not precise
 
     def _form(self, use, gradient, n):
         try:
@@ -245,8 +246,14 @@ class Layerwise(PerExampleGradients):
             for index in use.path.weights:
                 by_weight.setdefault(index, []).append((use, form))
         grams, rows, outer = [], [], Outer()
-        # Products before elementwise uses, which may share theirs.
-        for index, same in sorted(by_weight.items(), key=_elementwise):
+        # The last layers first, as the backward pass comes by them; products before elementwise
+        # uses, which may share theirs.
+        for index, same in sorted(reversed(by_weight.items()), key=_elementwise):
+            if self._one_by_one:
+                grams += [self._products(r) for r in rows]
+                rows = []
+                for _, form in same:
+                    form.after = grams[-1:]
             use, form = same[0]
             if len(same) > 1 or use.path.steps is None:
                 rows.append(tf.add_n([self._rows_by(index, *one) for one in same]))
