@@ -1,8 +1,8 @@
 """What one measurement of `DiffusionMonitor` costs, against an epoch of training.
 
 Seconds of an epoch of `fit` with plain SGD and of the monitor's `on_epoch_end` after it, each in
-the same process, medians of the epochs after the first, which traces; and MiB of memory that the
-first measurement adds to the process's peak.
+the same process, medians of the epochs after the first, which traces; and MiB of memory that both
+take at their peak.
 
     python benchmarks/monitor_cost.py
 """
@@ -15,6 +15,7 @@ import time
 
 import keras
 import models
+import psutil
 from step_cost import in_a_process
 
 import keras_rgd
@@ -25,15 +26,12 @@ class Timed(keras_rgd.DiffusionMonitor):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seconds, self.added = [], 0
+        self.seconds = []
 
     def on_epoch_end(self, epoch, logs=None):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         super().on_epoch_end(epoch, logs)
         self.seconds.append(time.perf_counter() - start)
-        if epoch == 0:
-            self.added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
 class EpochSeconds(keras.callbacks.Callback):
@@ -51,7 +49,7 @@ class EpochSeconds(keras.callbacks.Callback):
 
 
 def measure(name, examples, epoch_examples, epochs, per_example):
-    """Seconds of an epoch, of a measurement, of the first one, and the memory it added."""
+    """Seconds of an epoch, of a measurement, of the first one, and the memory they took."""
     benchmark = models.benchmark(name)
     model = benchmark.model()
     model.compile(keras.optimizers.SGD(0.01), models.loss())
@@ -59,13 +57,14 @@ def measure(name, examples, epoch_examples, epochs, per_example):
     monitor = Timed((x, y), examples=examples, per_example=per_example, verbose=False)
     epoch = EpochSeconds()
     data = x[:epoch_examples], y[:epoch_examples]
+    before = psutil.Process().memory_info().rss / 2**20
     model.fit(*data, batch_size=64, epochs=epochs, verbose=0, callbacks=[epoch, monitor])
     return {
         "way": monitor.records[-1].per_example,
         "epoch": statistics.median(epoch.seconds[1:]),
         "measurement": statistics.median(monitor.seconds[1:]),
         "first": monitor.seconds[0],
-        "added_mib": monitor.added / 1024,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before,
     }
 
 
@@ -84,7 +83,7 @@ def main():
         return
     print(
         f"| model | way | epoch of {args.epoch_examples} examples | measurement of "
-        f"{args.examples} | share | the first | memory it adds |"
+        f"{args.examples} | share | the first | memory |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in args.models:
@@ -99,7 +98,7 @@ def main():
         print(
             f"| {name} | {r['way']} | {r['epoch']:.2f} s | {r['measurement']:.2f} s "
             f"| {r['measurement'] / r['epoch']:.0%} | {r['first']:.1f} s "
-            f"| {r['added_mib']:.0f} MiB |",
+            f"| {r['peak_mib']:.0f} MiB |",
             flush=True,
         )
 
