@@ -54,7 +54,8 @@ class Layerwise(PerExampleGradients):
         repeats: whether an operation may give a weight its axis of examples, as `check_layerwise`
             found it to. Defaults to `True`.
         precise: whether to work in float64, so that the Gram matrix keeps the digits that
-            centring loses; and to form it whatever it costs. Defaults to `False`.
+            centring loses; and to form it whatever it costs, from one weight after another, as
+            room is short then. Defaults to `False`.
 
     Raises:
         NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
