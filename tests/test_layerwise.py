@@ -276,7 +276,7 @@ def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
 def test_no_trace_of_choosing_stays_in_memory():
     def graphs():
         gc.collect()
-        return sum(isinstance(o, tf.Graph) for o in gc.get_objects())
+        return {id(o) for o in gc.get_objects() if isinstance(o, tf.Graph)}
 
     case = BY_NAME["dense"]
     model = case.compile(steps.build(case), keras_rgd.RGD(0.1))
@@ -285,7 +285,7 @@ def test_no_trace_of_choosing_stays_in_memory():
     before = graphs()
     choice = ways.choose_way(model, "auto", *batch, training=True, dynamic=True, compiled=False)
     assert choice.way == "layerwise"
-    assert graphs() == before
+    assert graphs() <= before  # those of other tests may go meanwhile
 
 
 # sizes that coincide, and sizes that are not known
