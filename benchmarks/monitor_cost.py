@@ -4,6 +4,7 @@ Seconds of an epoch of `fit` with plain SGD and of the monitor's `on_epoch_end` 
 the same process, medians of the epochs after the first, which traces; and MiB of memory that both
 take at their peak.
 
+    python -m pip install -e ".[bench]"
     python benchmarks/monitor_cost.py
 """
 
