@@ -203,12 +203,11 @@ def _iterator(batches, spec):
             return tf.compat.v1.placeholder_with_default(tensor, spec.shape)
         return tensor
 
-    datasets = [
-        tf.data.Dataset.from_tensors(batch).map(
-            lambda *batch: keras.tree.map_structure(relaxed, batch, tuple(spec))
-        )
-        for batch in batches
-    ]
+    @tf.autograph.experimental.do_not_convert
+    def all_relaxed(*batch):
+        return keras.tree.map_structure(relaxed, batch, tuple(spec))
+
+    datasets = [tf.data.Dataset.from_tensors(batch).map(all_relaxed) for batch in batches]
     return iter(functools.reduce(lambda a, b: a.concatenate(b), datasets))
 
 

@@ -7,6 +7,7 @@ statistics, states and metrics.
 import contextlib
 import dataclasses
 import functools
+import gc
 
 import keras
 import numpy as np
@@ -244,6 +245,9 @@ def _compare(model, batch, training, n, open_sizes, precise, repeats=True):
     except (_NotApartError, tf.errors.OpError) as error:
         # Sizes that do not fit: something has lost its axis of examples.
         wrong = f"a weight ({_reason(error)})"
+    # A graph is garbage in cycles: let the step's own have its memory.
+    del trial
+    gc.collect()
     return wrong, traced[-1] if traced else None
 
 
@@ -275,7 +279,7 @@ def _shake(model, noise, rng):
         value = np.array(keras.ops.convert_to_numpy(variable), "float32")
         moves = rng.standard_normal(value.shape, "float32")
         moves *= noise
-        moves *= np.where(value == 0, np.float32(1), value)
+        np.multiply(moves, value, out=moves, where=value != 0)
         variable.assign(np.add(value, moves, out=value))
 
 

@@ -7,6 +7,7 @@ work, as in mixed ghost clipping (Bu et al., arXiv 2205.10683).
 
 import abc
 import functools
+import itertools
 import math
 
 import tensorflow as tf
@@ -53,22 +54,40 @@ class Form(abc.ABC):
 
     @functools.cached_property
     def rows(self):
-        """The gradients, a list of pieces (N, k) that together are T flattened row by row."""
+        """The gradients, a list of pieces (N, k); side by side T's entries by `_row_order`."""
         return self._rows()
 
     @abc.abstractmethod
     def _rows(self):
         """As `rows`, formed anew."""
 
+    # The axes of T as they stand in a row; `None` for their own order.
+    _row_order = None
+
+    def shaped_rows(self):
+        """The gradients, shape (N, *T)."""
+        return self._shaped(_beside(self.rows), [-1])
+
+    def _shaped(self, rows, leading=()):
+        """Rows as T, each."""
+        if self._row_order is None:
+            return tf.reshape(rows, [*leading, *self.shape])
+        shape = [self.shape[axis] for axis in self._row_order]
+        back = [self._row_order.index(axis) for axis in range(len(shape))]
+        if leading:
+            back = [0, *(1 + axis for axis in back)]
+        return tf.transpose(tf.reshape(rows, [*leading, *shape]), back)
+
     def dot(self, v):
         """<g_i, v>, shape (N,), for v shaped as T."""
-        parts = tf.split(tf.reshape(v, [-1]), [rows.shape[1] for rows in self.rows])
-        return tf.add_n([tf.linalg.matvec(r, p) for r, p in zip(self.rows, parts, strict=True)])
+        v = tf.reshape(v if self._row_order is None else tf.transpose(v, self._row_order), [-1, 1])
+        parts = tf.split(v, [rows.shape[1] for rows in self.rows]) if len(self.rows) > 1 else [v]
+        products = [tf.matmul(r, p) for r, p in zip(self.rows, parts, strict=True)]
+        return tf.reshape(tf.add_n(products), [-1])
 
     def combine(self, w):
-        """sum_i w_i g_i, shaped as T, for w of shape (N,)."""
-        parts = [tf.linalg.matvec(rows, w, transpose_a=True) for rows in self.rows]
-        return tf.reshape(tf.concat(parts, 0) if len(parts) > 1 else parts[0], self.shape)
+        """sum_i w_i g_i, shaped as T, for w of shape (1, N)."""
+        return self._shaped(_beside([tf.matmul(w, rows) for rows in self.rows]))
 
     def gram(self, outer):
         """<g_i, g_j>, shape (N, N), or `None` where the rows are the way to it.
@@ -266,40 +285,83 @@ class Convolution(Form):
         self._ghost = ghost < through_rows
         self.gram_work = min(ghost, through_rows)
 
-    @functools.cached_property
-    def _shifted(self):
-        """The image under each place of the window, a list of (N * P, *places, A)."""
-        space = self._image.shape[1:-1]
-        pads, slices = [[0, 0]], []
-        for extent, places, window, stride, dilation in zip(
-            space, self._places, self._window, self._strides, self._dilations, strict=True
-        ):
+    def _shifts(self):
+        """For each axis of space: what to pad before and after, and a slice for each place."""
+        axes = zip(
+            self._image.shape[1:-1],
+            self._places,
+            self._window,
+            self._strides,
+            self._dilations,
+            strict=True,
+        )
+        for extent, places, window, stride, dilation in axes:
             needed = max((places - 1) * stride + (window - 1) * dilation + 1 - extent, 0)
             before = needed // 2 if self._padding == "SAME" else 0
-            pads.append([before, needed - before])
             last = (places - 1) * stride + 1
-            slices.append([slice(k * dilation, k * dilation + last, stride) for k in range(window)])
-        shifts = [[]]
-        for axis in slices:
-            shifts = [[*shift, s] for shift in shifts for s in axis]
+            slices = [slice(k * dilation, k * dilation + last, stride) for k in range(window)]
+            yield [before, needed - before], slices
+
+    @functools.cached_property
+    def _images(self):
+        """The image under each place of the window, a list of (N, P * places, A)."""
+        pads, axes = zip(*self._shifts(), strict=True)
         # Not before the backward pass comes here: those of all layers would fill the memory.
         with tf.control_dependencies([self._response, *self.after]):
-            image = self._image
-            if any(sum(pad) for pad in pads):
-                image = tf.pad(image, [*pads, [0, 0]])
-            return [image[(slice(None), *shift)] for shift in shifts]
+            return self._slid(_padded(self._image, pads), axes)
+
+    @property
+    def _moves_response(self):
+        """Whether it is less to copy to move the response along the window's last axis."""
+        a, b = self.shape[-2:]
+        return self._window[-1] > 1 and self._strides[-1] == 1 and b <= a
+
+    def _slid_and_moved(self):
+        """As `_images`, but for the places of the window's other axes; and the response.
+
+        Its channels stand side by side for each place along the last axis, (N, P * places,
+        window * B), moved against the image.
+        """
+        *others, ((before, _), slices) = self._shifts()
+        extent, places, reach = self._image.shape[-2], self._places[-1], slices[-1].start
+        with tf.control_dependencies([self._response, *self.after]):
+            around = [reach - before, extent + before - places]
+            response = _padded(self._response, [*([0, 0] for _ in others), around])
+            moves = [slice(reach - s.start, reach - s.start + extent, 1) for s in slices]
+            whole = [[slice(0, places, 1)] for places in self._places[:-1]]
+            response = _beside(_parts(response, [*whole, moves]))
+            image = _padded(self._image, [*(pad for pad, _ in others), [0, 0]])
+            whole = [slice(0, extent, 1)]
+            images = self._slid(image, [*(slices for _, slices in others), whole])
+            return images, self._of_examples(response)
+
+    def _slid(self, image, axes):
+        slid = _parts(image, axes)
+        shape = tf.constant(self._of_example(slid[0]))
+        return [tf.reshape(t, shape) for t in slid]
 
     def _of_examples(self, t):
-        return tf.reshape(t, [-1, self._p, t.shape[-1]])
+        return tf.reshape(t, self._of_example(t))
+
+    def _of_example(self, t):
+        return [-1, self._positions * math.prod(t.shape[1:-1]), t.shape[-1]]
 
     def _rows(self):
-        response = self._of_examples(self._response)
-        products = [
-            tf.matmul(self._of_examples(image), response, transpose_a=True)
-            for image in self._shifted
-        ]
+        if self._moves_response:
+            images, response = self._slid_and_moved()
+        else:
+            images, response = self._images, self._of_examples(self._response)
         # One product for each place of the window; side by side they would be copied again.
-        return [tf.reshape(t, [-1, self.shape[-2] * self.shape[-1]]) for t in products]
+        products = [tf.matmul(image, response, transpose_a=True) for image in images]
+        shape = tf.constant([-1, self.size // len(images)])
+        return [tf.reshape(t, shape) for t in products]
+
+    @property
+    def _row_order(self):
+        order = list(range(len(self.shape)))
+        if self._moves_response:
+            order[-3:-1] = order[-2], order[-3]
+        return order
 
     @property
     def _patch(self):
@@ -320,7 +382,7 @@ class Convolution(Form):
         if self._rows_are_small:
             return super().combine(w)
         if self._positions > 1:
-            w = tf.repeat(w, self._positions)
+            w = tf.repeat(w, self._positions, axis=1)
         return self._kernel_gradient(self._response * _column(w, self._response))
 
     def _arguments(self):
@@ -344,8 +406,7 @@ class Convolution(Form):
     def gram(self, outer):
         if not self._ghost:
             return None
-        patches = tf.concat([self._of_examples(image) for image in self._shifted], -1)
-        response = self._of_examples(self._response)
+        patches, response = _beside(self._images), self._of_examples(self._response)
         form = Contraction(patches, response, [self._patch, self.shape[-1]], self._n)
         return form.gram(outer)
 
@@ -445,6 +506,29 @@ class Lookup(Form):
             return tf.reduce_sum(tf.reshape(tf.reduce_sum(products, 0), [n, p]), 1)
 
         return tf.map_fn(one, (self._index, self._gradient), fn_output_signature=gradient.dtype)
+
+
+def _padded(t, pads):
+    """Zeros around the axes between the first and the last."""
+    return tf.pad(t, [[0, 0], *pads, [0, 0]]) if any(map(any, pads)) else t
+
+
+def _parts(t, axes):
+    """All parts of a tensor that take one of the slices of each axis between first and last."""
+    if len(axes) == sum(map(len, axes)):
+        return [t[(slice(None), *(s for (s,) in axes))]]
+    if any(a.step != 1 for axis in axes for a in axis):
+        return [t[(slice(None), *part)] for part in itertools.product(*axes)]
+    # One constant less for each, in graphs with hundreds of them.
+    size = tf.constant([-1, *(axis[0].stop - axis[0].start for axis in axes), t.shape[-1]])
+    return [
+        tf.slice(t, [0, *(s.start for s in part), 0], size) for part in itertools.product(*axes)
+    ]
+
+
+def _beside(tensors):
+    """Along the last axis."""
+    return tf.concat(tensors, -1) if len(tensors) > 1 else tensors[0]
 
 
 def _column(w, t):

@@ -35,6 +35,10 @@ _POWERS = 3
 # Rows of at most so many entries are put side by side for one product.
 _SMALL = 1024
 
+# The large intermediates of so many weights may be in memory together: with fewer of them the
+# backward pass, which does not wait, would leave more of its own there.
+_AHEAD = 5
+
 # From so many entries on, rows are multiplied in parts.
 _LONG = 2048
 
@@ -80,7 +84,8 @@ class Layerwise(PerExampleGradients):
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(x)
         self._compiled = compiled
-        self._inner, self._one_by_one = tf.float64 if precise else self.dtype, precise
+        self._inner = tf.float64 if precise else self.dtype
+        self._ahead = 1 if precise else _AHEAD
         self._n = tf.cast(self.n_examples, self.dtype)
         counted = self.n_examples if isinstance(self.n_examples, int) else n
         u = tf.ones([self.n_examples], self.dtype)
@@ -223,7 +228,7 @@ class Layerwise(PerExampleGradients):
         return total
 
     def _combine(self, w):
-        w = tf.cast(w, self._inner)
+        w = tf.cast(w, self._inner)[None]
         parts = [[] for _ in self.weights]
         for use, form in self._uses:
             combined = form.combine(w)
@@ -246,26 +251,28 @@ class Layerwise(PerExampleGradients):
         for use, form in self._uses:
             for index in use.path.weights:
                 by_weight.setdefault(index, []).append((use, form))
-        grams, rows, outer = [], [], Outer()
+        grams, small, formed, outer = [], [], [], Outer()
         # The last layers first, as the backward pass comes by them; products before elementwise
         # uses, which may share theirs.
         for index, same in sorted(reversed(by_weight.items()), key=_elementwise):
-            if self._one_by_one:
-                grams += [self._products(r) for r in rows]
-                rows = []
-                for _, form in same:
-                    form.after = grams[-1:]
+            for _, form in same:
+                form.after = formed[-self._ahead :][:1] if len(formed) >= self._ahead else []
             use, form = same[0]
             if len(same) > 1 or use.path.steps is None:
-                rows.append(tf.add_n([self._rows_by(index, *one) for one in same]))
+                rows = [tf.add_n([self._rows_by(index, *one) for one in same])]
             elif (gram := form.gram(outer)) is not None:
                 grams.append(gram)
+                formed.append(gram)
+                continue
             else:
-                rows += form.rows
-        small = [r for r in rows if r.shape[1] <= _SMALL]
-        if small:
-            rows = [r for r in rows if r.shape[1] > _SMALL] + _side_by_side(small)
-        return tf.add_n(grams + [self._products(r) for r in rows])
+                rows = form.rows
+            if rows[0].shape[1] > _SMALL or self._ahead == 1:
+                rows = [self._products(r) for r in rows]
+                grams += rows
+            else:
+                small += rows
+            formed.append(rows[-1])
+        return tf.add_n(grams + [self._products(rows) for rows in _side_by_side(small)])
 
     def _products(self, rows):
         """The products of long rows, shape (N, N)."""
@@ -281,14 +288,12 @@ class Layerwise(PerExampleGradients):
         """Rows by one weight, shape (N, its size), from one use."""
         if use.path.steps is None:
             return self._pulled_rows(use, form)[index]
-        rows = tf.reshape(tf.concat(form.rows, 1), [-1, *form.shape])
-        return tf.reshape(use.path.back(rows, leading=(-1,)), [-1, form.size])
+        return tf.reshape(use.path.back(form.shaped_rows(), leading=(-1,)), [-1, form.size])
 
     def _pulled_rows(self, use, form):
         """Rows by the weights themselves where the use's tensor is a function of them."""
-        rows = tf.reshape(tf.concat(form.rows, 1), [-1, *form.shape])
         with quiet():
-            pulled = tf.vectorized_map(lambda row: self._pull(use, row), rows)
+            pulled = tf.vectorized_map(lambda row: self._pull(use, row), form.shaped_rows())
         return {
             index: tf.reshape(t, [-1, self.weights[index].shape.num_elements()])
             for index, t in pulled.items()
@@ -347,9 +352,9 @@ def _elementwise(item):
 
 def _side_by_side(rows):
     """Small pieces in as few matrices as hold at most `_SMALL` columns each."""
-    groups, width = [[]], 0
+    groups, width = [], _SMALL
     for r in rows:
-        if width + r.shape[1] > _SMALL and groups[-1]:
+        if width + r.shape[1] > _SMALL:
             groups.append([])
             width = 0
         groups[-1].append(r)
