@@ -3,6 +3,7 @@
 import gc
 
 import cases
+import hypothesis
 import keras
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import reference
 import steps
 import tensorflow as tf
 from cases import BY_NAME
+from hypothesis import strategies as st
 from keras import layers as L
 
 import keras_rgd
 from keras_rgd import per_example as ways
-from keras_rgd.per_example import layerwise
+from keras_rgd.per_example import closed_forms, layerwise
 
 ops = keras.ops
 N, T, D = 6, 4, 3
@@ -409,3 +411,57 @@ def test_a_table_is_exact_by_its_rows_and_by_matching_tokens(vocabulary, float64
     dense = reference.eager(model, x, y)
     D_ = keras_rgd.diffusion_matrix(model, x, y, training=True, per_example="layerwise")
     assert reference.relative_error(D_.gram(), dense.G @ dense.G.T) < 1e-12
+
+
+@st.composite
+def convolutions(draw):
+    """The extents, window, strides, dilations, padding, channels and places of a convolution."""
+    rank = draw(st.integers(2, 3))
+    several = st.lists(st.integers(1, 3), min_size=rank, max_size=rank)
+    window, steps, dilated = draw(several), draw(several), draw(st.booleans())
+    ones = [1] * rank
+    strides, dilations = (ones, steps) if dilated and rank == 2 else (steps, ones)
+    reach = [(w - 1) * d + 1 for w, d in zip(window, dilations, strict=True)]
+    extents = [r + draw(st.integers(0, 3)) for r in reach]
+    channels, padding = draw(st.tuples(*[st.integers(1, 3)] * 2)), draw(st.sampled_from(_PADDINGS))
+    return extents, window, strides, dilations, padding, channels, draw(st.integers(1, 2))
+
+
+_PADDINGS = ["SAME", "VALID"]
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(convolutions())
+def test_any_convolution_has_the_rows_of_its_derivative(convolution):
+    extents, window, strides, dilations, padding, channels, places = convolution
+    rng, n = np.random.default_rng(0), 3
+    image = tf.constant(rng.normal(size=(n * places, *extents, channels[0])))
+    kernel = tf.constant(rng.normal(size=(*window, *channels)))
+    operation = tf.raw_ops.Conv2D if len(window) == 2 else tf.raw_ops.Conv3D
+    arguments = dict(strides=[1, *strides, 1], dilations=[1, *dilations, 1], padding=padding)
+    output = operation(input=image, filter=kernel, **arguments)
+    response = tf.constant(rng.normal(size=output.shape))
+    # The operation is linear: what it makes of each unit kernel.
+    size = kernel.shape.num_elements()
+    units = tf.reshape(tf.eye(size, dtype=tf.float64), [*kernel.shape[:-1], -1])
+    answers = operation(input=image, filter=units, **arguments)
+    answers = tf.reshape(answers, [*output.shape, size]) * response[..., None]
+    expected = tf.reduce_sum(tf.reshape(answers, [n, -1, size]), 1)
+
+    for has_rows in (True, False):
+        form = closed_forms.Convolution(
+            image, response, kernel.shape, strides, dilations, padding, places, n
+        )
+        form.has_rows = has_rows
+        rows = tf.reshape(form.shaped_rows(), [n, -1])
+        np.testing.assert_allclose(rows, expected, atol=1e-12)
+        along = expected @ tf.reshape(kernel, [-1, 1])
+        np.testing.assert_allclose(form.dot(kernel)[:, None], along, atol=1e-11)
+        if not has_rows and dilations != [1] * len(window):
+            continue  # TensorFlow has no such gradient on a CPU
+        w = tf.constant(rng.normal(size=(1, n)))
+        combined = tf.reshape(form.combine(w), [1, -1])
+        np.testing.assert_allclose(combined, w @ expected, atol=1e-11)
+        gram = form.gram(closed_forms.Outer())
+        if gram is not None:
+            np.testing.assert_allclose(gram, expected @ tf.transpose(expected), atol=1e-10)
