@@ -165,10 +165,12 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic, precise=False
         compare = functools.partial(
             _compare, model, batch, training, batch_size(x), dynamic, precise
         )
-        wrong, way = compare()
+        with _forgotten():
+            wrong, way = compare()
         if wrong is not None and way is not None and way.repeats:
             # An axis that is as long as the batch may have been taken for that of the examples.
-            wrong, way = compare(repeats=False)
+            with _forgotten():
+                wrong, way = compare(repeats=False)
     except NotVisibleError as error:
         variable = model.trainable_variables[error.weight]
         owner = [a for a in model._flatten_layers() if any(v is variable for v in a.variables)][-1]
@@ -213,6 +215,21 @@ class Traced:
     repeats: bool  # whether a weight is repeated for each example
 
 
+@contextlib.contextmanager
+def _forgotten():
+    """A graph made inside is garbage in cycles: collect it, so that the step's has its memory."""
+    # What was there before need not be looked through, which takes most of a second.
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if ours:
+            gc.unfreeze()
+
+
 def _compare(model, batch, training, n, open_sizes, precise, repeats=True):
     """Where a step by "layerwise" on a batch is wrong, or None; and what its trace shows."""
     traced = []
@@ -245,9 +262,6 @@ def _compare(model, batch, training, n, open_sizes, precise, repeats=True):
     except (_NotApartError, tf.errors.OpError) as error:
         # Sizes that do not fit: something has lost its axis of examples.
         wrong = f"a weight ({_reason(error)})"
-    # A graph is garbage in cycles: let the step's own have its memory.
-    del trial
-    gc.collect()
     return wrong, traced[-1] if traced else None
 
 
