@@ -275,19 +275,25 @@ def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
         np.testing.assert_array_equal(a, b.numpy())
 
 
-def test_no_trace_of_choosing_stays_in_memory():
+def test_no_trace_of_choosing_stays_in_memory_until_the_step_is_traced():
     def graphs():
-        gc.collect()
         return {id(o) for o in gc.get_objects() if isinstance(o, tf.Graph)}
 
     case = BY_NAME["dense"]
     model = case.compile(steps.build(case), keras_rgd.RGD(0.1))
     x, y, _ = case.batch()
     batch = tf.constant(x), tf.constant(y), None
+    gc.collect()
     before = graphs()
-    choice = ways.choose_way(model, "auto", *batch, training=True, dynamic=True, compiled=False)
+    gc.disable()  # nothing but the choice itself collects
+    try:
+        choice = ways.choose_way(model, "auto", *batch, training=True, dynamic=True, compiled=False)
+        after = graphs()
+    finally:
+        gc.enable()
     assert choice.way == "layerwise"
-    assert graphs() <= before  # those of other tests may go meanwhile
+    assert after <= before  # those of other tests may go meanwhile
+    assert gc.get_freeze_count() == 0
 
 
 # sizes that coincide, and sizes that are not known
@@ -422,15 +428,15 @@ def convolutions(draw):
     ones = [1] * rank
     strides, dilations = (ones, steps) if dilated and rank == 2 else (steps, ones)
     reach = [(w - 1) * d + 1 for w, d in zip(window, dilations, strict=True)]
-    extents = [r + draw(st.integers(0, 3)) for r in reach]
-    channels, padding = draw(st.tuples(*[st.integers(1, 3)] * 2)), draw(st.sampled_from(_PADDINGS))
-    return extents, window, strides, dilations, padding, channels, draw(st.integers(1, 2))
+    one_place = st.just([0] * rank)  # with VALID, and a Gram matrix without rows
+    spare = draw(one_place | st.lists(st.integers(0, 3), min_size=rank, max_size=rank))
+    extents = [r + s for r, s in zip(reach, spare, strict=True)]
+    channels = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    padding, places = draw(st.sampled_from(["SAME", "VALID"])), draw(st.integers(1, 2))
+    return extents, window, strides, dilations, padding, channels, places
 
 
-_PADDINGS = ["SAME", "VALID"]
-
-
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
 @hypothesis.given(convolutions())
 def test_any_convolution_has_the_rows_of_its_derivative(convolution):
     extents, window, strides, dilations, padding, channels, places = convolution

@@ -218,7 +218,7 @@ class Traced:
 @contextlib.contextmanager
 def _forgotten():
     """A graph made inside is garbage in cycles: collect it, so that the step's has its memory."""
-    # What was there before need not be looked through, which takes most of a second.
+    # What was there before need not be looked through, which takes long in a large process.
     ours = gc.get_freeze_count() == 0
     if ours:
         gc.freeze()

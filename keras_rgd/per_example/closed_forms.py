@@ -54,7 +54,7 @@ class Form(abc.ABC):
 
     @functools.cached_property
     def rows(self):
-        """The gradients, a list of pieces (N, k); side by side T's entries by `_row_order`."""
+        """The gradients, pieces (N, k) of one k; side by side T's entries by `_row_order`."""
         return self._rows()
 
     @abc.abstractmethod
@@ -302,7 +302,6 @@ class Convolution(Form):
             slices = [slice(k * dilation, k * dilation + last, stride) for k in range(window)]
             yield [before, needed - before], slices
 
-    @functools.cached_property
     def _images(self):
         """The image under each place of the window, a list of (N, P * places, A)."""
         pads, axes = zip(*self._shifts(), strict=True)
@@ -350,7 +349,7 @@ class Convolution(Form):
         if self._moves_response:
             images, response = self._slid_and_moved()
         else:
-            images, response = self._images, self._of_examples(self._response)
+            images, response = self._images(), self._of_examples(self._response)
         # One product for each place of the window; side by side they would be copied again.
         products = [tf.matmul(image, response, transpose_a=True) for image in images]
         shape = tf.constant([-1, self.size // len(images)])
@@ -358,10 +357,10 @@ class Convolution(Form):
 
     @property
     def _row_order(self):
-        order = list(range(len(self.shape)))
-        if self._moves_response:
-            order[-3:-1] = order[-2], order[-3]
-        return order
+        if not self._moves_response:
+            return None
+        *others, last, a, b = range(len(self.shape))
+        return [*others, a, last, b]
 
     @property
     def _patch(self):
@@ -406,7 +405,7 @@ class Convolution(Form):
     def gram(self, outer):
         if not self._ghost:
             return None
-        patches, response = _beside(self._images), self._of_examples(self._response)
+        patches, response = _beside(self._images()), self._of_examples(self._response)
         form = Contraction(patches, response, [self._patch, self.shape[-1]], self._n)
         return form.gram(outer)
 
@@ -515,8 +514,6 @@ def _padded(t, pads):
 
 def _parts(t, axes):
     """All parts of a tensor that take one of the slices of each axis between first and last."""
-    if len(axes) == sum(map(len, axes)):
-        return [t[(slice(None), *(s for (s,) in axes))]]
     if any(a.step != 1 for axis in axes for a in axis):
         return [t[(slice(None), *part)] for part in itertools.product(*axes)]
     # One constant less for each, in graphs with hundreds of them.

@@ -84,8 +84,7 @@ class Layerwise(PerExampleGradients):
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(x)
         self._compiled = compiled
-        self._inner = tf.float64 if precise else self.dtype
-        self._ahead = 1 if precise else _AHEAD
+        self._inner, self._one_by_one = tf.float64 if precise else self.dtype, precise
         self._n = tf.cast(self.n_examples, self.dtype)
         counted = self.n_examples if isinstance(self.n_examples, int) else n
         u = tf.ones([self.n_examples], self.dtype)
@@ -252,11 +251,12 @@ class Layerwise(PerExampleGradients):
             for index in use.path.weights:
                 by_weight.setdefault(index, []).append((use, form))
         grams, small, formed, outer = [], [], [], Outer()
+        ahead = 1 if self._one_by_one else _AHEAD
         # The last layers first, as the backward pass comes by them; products before elementwise
         # uses, which may share theirs.
         for index, same in sorted(reversed(by_weight.items()), key=_elementwise):
             for _, form in same:
-                form.after = formed[-self._ahead :][:1] if len(formed) >= self._ahead else []
+                form.after = formed[len(formed) - ahead :][:1] if len(formed) >= ahead else []
             use, form = same[0]
             if len(same) > 1 or use.path.steps is None:
                 rows = [tf.add_n([self._rows_by(index, *one) for one in same])]
@@ -266,7 +266,7 @@ class Layerwise(PerExampleGradients):
                 continue
             else:
                 rows = form.rows
-            if rows[0].shape[1] > _SMALL or self._ahead == 1:
+            if rows[0].shape[1] > _SMALL or self._one_by_one:
                 rows = [self._products(r) for r in rows]
                 grams += rows
             else:
