@@ -4,16 +4,17 @@ The digits come inside scikit-learn, so they need no download; ``Digits`` makes 
 any other. ``load`` gives every data set in the same form, and says at once when one is missing.
 """
 
+import argparse
 import contextlib
 import io
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from keras_rgd.datasets import DatasetError, load_dataset, read_split
 
 DIGITS_DIR = Path("data", "tfds")
 DIGITS_MAX = 16  # a pixel of the digits counts the black dots of a 4x4 block
@@ -72,101 +73,23 @@ def load(name, data_dir=None, *, download=False):
         SystemExit: if the data set is unknown, unfit or absent; the message says what to do.
     """
     tfds.disable_progress_bar()
+    splits = ("train", "test")
     if name == "digits":
         builder = Digits(data_dir=data_dir or DIGITS_DIR)
         # TensorFlow Datasets would print that it downloads them.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
-        scale = DIGITS_MAX
-    else:
-        builder = _find(name, data_dir)
-        _require_image_classification(builder)
-        _require_on_disk(builder, name, download)
-        scale = np.iinfo(np.uint8).max
-    for split in ("train", "test"):
-        if split not in builder.info.splits:
-            raise SystemExit(
-                f"The data set {name!r} has no {split!r} split. "
-                f"Received splits: {', '.join(builder.info.splits)}."
-            )
-    return tuple(_arrays(builder, split, scale) for split in ("train", "test"))
-
-
-def _find(name, data_dir):
-    """The builder of a data set, found without asking the network."""
-    if name.startswith("huggingface:"):
-        raise SystemExit(f"{name!r} is not a data set of TensorFlow Datasets itself.")
+        return tuple(read_split(builder, split, DIGITS_MAX) for split in splits)
     try:
-        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except tfds.core.DatasetNotFoundError as error:
-        raise SystemExit(
-            f"TensorFlow Datasets knows no data set {name!r}. Use 'digits', which needs no "
-            "download, or a name from https://www.tensorflow.org/datasets/catalog/overview, "
-            "such as 'mnist'."
-        ) from error
-    except (AssertionError, ImportError, ValueError) as error:
-        # An unknown configuration or version, or a package that this data set's builder imports.
-        raise SystemExit(
-            f"TensorFlow Datasets cannot use the data set {name!r}: {error}"
-        ) from error
+        options = dict(data_dir=data_dir, download=download)
+        return tuple(load_dataset(name, split, **options) for split in splits)
+    except DatasetError as error:
+        raise SystemExit(f"{error}\nThe data set 'digits' needs no download.") from error
 
 
-def _require_image_classification(builder):
-    """Ends the program unless a data set pairs uint8 images of one size with a class."""
-    features = dict(builder.info.features.items())
-    match [features.get(key) for key in builder.info.supervised_keys or ()]:
-        case [tfds.features.Image() as image, tfds.features.ClassLabel()] if (
-            None not in image.shape and image.np_dtype == np.uint8
-        ):
-            return
-    raise SystemExit(
-        f"{builder.info.full_name!r} is not an image classification data set with 8-bit images "
-        f"of one size. Received features: {builder.info.features}"
-    )
-
-
-def _require_on_disk(builder, name, download):
-    """Ends the program, or downloads, when a data set has not been prepared."""
-    if builder.data_path.exists():
-        return
-    if not download:
-        raise SystemExit(
-            f"The data set {name!r} is not on this machine: there is no {builder.data_path}.\n"
-            "Download it once with --download, or with\n"
-            f'  python -c "import tensorflow_datasets as tfds; tfds.load({name!r})"\n'
-            "or use --dataset digits, which needs no download."
-        )
-    _require_network(builder, name)
-    try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
-    except (OSError, AssertionError, tfds.download.DownloadError) as error:
-        raise SystemExit(f"Downloading the data set {name!r} failed: {error}") from error
-
-
-def _require_network(builder, name):
-    """Ends the program when none of a data set's hosts answers.
-
-    TensorFlow Datasets retries each file ten times, which takes minutes on a machine without
-    a network.
-    """
-    urls = list(builder.url_infos or ())
-    for url in urls:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except urllib.error.HTTPError:
-            return  # the host answered, if only to refuse HEAD
-        except OSError as error:
-            reason = error
-    if urls:
-        raise SystemExit(f"Cannot download the data set {name!r}: {urls[-1]} ({reason}).")
-
-
-def _arrays(builder, split, scale):
-    """One split as float32 images in [0, 1] and integer labels."""
-    dataset = builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
-    images, labels = tfds.as_numpy(dataset)
-    return images.astype(np.float32) / scale, labels
+def positive_int(text):
+    """An argument of the command line, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, received {text}")
+    return value

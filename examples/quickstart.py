@@ -70,20 +70,13 @@ def parse_arguments():
     )
     parser.add_argument("--dataset", default="digits", help="digits, or a name of TFDS")
     parser.add_argument("--download", action="store_true", help="download an absent data set")
-    parser.add_argument("--epochs", type=positive_int, default=15)
-    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--epochs", type=digits.positive_int, default=15)
+    parser.add_argument("--batch-size", type=digits.positive_int, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.1, help="at the start")
     parser.add_argument("--epsilon", type=float, default=0.5, help="eps times lambda_max, < 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"))
     return parser.parse_args()
-
-
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, received {text}")
-    return value
 
 
 def build_model(shape, classes):

@@ -11,6 +11,7 @@ from keras_rgd.optimizer import RGD
 from keras_rgd.per_example import PerExampleGradients, per_example_gradients
 from keras_rgd.record import DiffusionRecord, load_records, save_records
 from keras_rgd.summaries import plot_spectrum
+from keras_rgd.whole_dataset import Spectrum, spectrum
 
 __version__ = "0.1.0"
 
@@ -24,11 +25,13 @@ __all__ = [
     "RGDMixin",
     "RGDModel",
     "RGDSequential",
+    "Spectrum",
     "diffusion_matrix",
     "epsilon",
     "load_records",
     "per_example_gradients",
     "plot_spectrum",
     "save_records",
+    "spectrum",
     "to_rgd",
 ]

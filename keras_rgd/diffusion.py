@@ -26,9 +26,15 @@ _MAX_STEPS = 8
 _GROWTH = 0.05
 
 # Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
-_LARGEST_RELATIVE_CUT = 0.05
+LARGEST_RELATIVE_CUT = 0.05
 
-_FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
+FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
+
+
+NOT_FINITE = (
+    "The gradients of these examples are not finite (NaN or infinite), so D has no spectrum. Has "
+    "the training diverged? Expected finite weights and data."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +242,11 @@ class DiffusionMatrix:
             return self.top_eigenvalue() * self.n_examples * epsilon
         if rule != "reference":
             raise ValueError(f'`rule` must be "gram" or "reference". Received: rule={rule!r}')
-        relative = self.n_weights * _FLOAT32_EPSILON
-        if relative >= _LARGEST_RELATIVE_CUT:
+        relative = self.n_weights * FLOAT32_EPSILON
+        if relative >= LARGEST_RELATIVE_CUT:
             raise ValueError(
                 f"The reference's cut is d * epsilon = {relative:.2g} of lambda_max for "
-                f"d = {self.n_weights}, and means nothing from {_LARGEST_RELATIVE_CUT} on. Use "
+                f"d = {self.n_weights}, and means nothing from {LARGEST_RELATIVE_CUT} on. Use "
                 "the Gram matrix's cut, rank() or rank_cut('gram')."
             )
         return self.top_eigenvalue() * relative
@@ -275,10 +281,7 @@ class DiffusionMatrix:
             unit = self.gradients.unit(mean)
             k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
             if not np.all(np.isfinite(k)):
-                raise NotFiniteError(
-                    "The gradients of this batch are not finite (NaN or infinite), so D has no "
-                    "spectrum. Has the training diverged? Expected finite weights and data."
-                )
+                raise NotFiniteError(NOT_FINITE)
             # Centred again in float64: (1, ..., 1) is an exact null vector, so rank <= N - 1.
             k -= k.mean(0, keepdims=True)
             k -= k.mean(1, keepdims=True)

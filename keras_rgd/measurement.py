@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_rgd import per_example as ways
 from keras_rgd import vectors
+from keras_rgd.batches import check_lengths
 from keras_rgd.diffusion import DiffusionMatrix, NotFiniteError
 from keras_rgd.metric import DiffusionMetric, choose_epsilon
 from keras_rgd.record import DiffusionRecord
@@ -63,34 +64,19 @@ def as_batch(model, x, y=None, sample_weight=None):
     return keras.tree.map_structure(_tensor, (x, y, sample_weight))
 
 
-def check_lengths(x, y, sample_weight):
-    """Raise `ValueError` unless all arrays have the same positive length along axis 0."""
-    lengths = {}
-    for name, tree in (("x", x), ("y", y), ("sample_weight", sample_weight)):
-        leaves = [t for t in keras.tree.flatten(tree) if t is not None]
-        lengths[name] = sorted({_length(t) for t in leaves}, key=str)
-    distinct = {n for of_one in lengths.values() for n in of_one}
-    if len(distinct) != 1 or None in distinct or 0 in distinct:
-        given = ", ".join(f"{name} {ns}" for name, ns in lengths.items() if ns)
-        raise ValueError(
-            "Inputs, targets and sample weights must be arrays of the same positive length along "
-            f"axis 0 (batched, if they come from a data set). Received: lengths {given}"
-        )
-
-
-def _length(array):
-    shape = np.shape(array)
-    return int(shape[0]) if len(shape) else None
-
-
-def way_for(model, batch, training, per_example, chunk_size):
+def way_for(model, batch, training, per_example, chunk_size, precise=True):
     """The function from a batch like this one to `PerExampleGradients`; see `measuring_way`."""
     if not model.built:
         model(batch[0])
     if not model.trainable_variables:
         raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
     return ways.measuring_way(
-        model, *batch, training=training, per_example=per_example, chunk_size=chunk_size
+        model,
+        *batch,
+        training=training,
+        per_example=per_example,
+        chunk_size=chunk_size,
+        precise=precise,
     )
 
 
@@ -202,9 +188,9 @@ def _spectral_values(D):
     except ValueError as error:
         cut, rank, rank_reason = math.nan, None, str(error)
     gram_cut = D.rank_cut("gram")
-    mean, std = _mean_std(eigenvalues, d)
+    mean, std = mean_std(eigenvalues, d)
     clip = gram_cut if rank is None else cut
-    clipped_mean, clipped_std = _mean_std(np.maximum(eigenvalues, clip), d, rest=clip)
+    clipped_mean, clipped_std = mean_std(np.maximum(eigenvalues, clip), d, rest=clip)
     p = eigenvalues[eigenvalues > 0] / total if total > 0 else np.array([])
     return {
         "eigenvalues": eigenvalues,
@@ -224,7 +210,7 @@ def _spectral_values(D):
     }
 
 
-def _mean_std(values, d, rest=0.0):
+def mean_std(values, d, rest=0.0):
     """Mean and standard deviation of `values` and of d - len(values) numbers equal to `rest`."""
     others = d - len(values)
     mean = (values.sum() + others * rest) / d
@@ -247,17 +233,26 @@ def _gradient_values(D, rule, step):
         "descent_ratio": float(1 - epsilon * np.sum(D.eigenvalues() * along**2)),
         "cosine_top": float(abs(along[0])),
         "gradient_norm": norm,
-        "noise_scale": _noise_scale(D),
+        "noise_scale": noise_scale(
+            D.n_examples, D.trace(), float(vectors.norm(D.gradients.mean())) ** 2
+        ),
     }
 
 
-def _noise_scale(D):
-    """Tr S / |G|^2 of McCandlish et al. (arXiv 1812.06162), both unbiased, without grad r."""
-    n = D.n_examples
+def noise_scale(n, trace, mean_square):
+    """Tr S / |G|^2 of McCandlish et al. (arXiv 1812.06162), both unbiased, without grad r.
+
+    Args:
+        n: N.
+        trace: tr D.
+        mean_square: |gbar|^2.
+
+    Returns:
+        A float, in examples; NaN for one example, or where |G|^2 is not positive.
+    """
     if n == 1:
         return math.nan
-    mean_square = float(vectors.norm(D.gradients.mean())) ** 2
     # mean |g_i|^2 = tr D + |gbar|^2
-    covariance = n / (n - 1) * D.trace()
-    signal = mean_square - D.trace() / (n - 1)
+    covariance = n / (n - 1) * trace
+    signal = mean_square - trace / (n - 1)
     return covariance / signal if signal > 0 else math.nan

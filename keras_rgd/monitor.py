@@ -10,10 +10,10 @@ import numpy as np
 import rich.console
 import tensorflow as tf
 
+from keras_rgd import batches, summaries
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import per_example as ways
-from keras_rgd import summaries
-from keras_rgd.measurement import Measurement, as_batch, check_lengths
+from keras_rgd.measurement import Measurement, as_batch
 from keras_rgd.model import inner_rgd
 from keras_rgd.record import load_records, save_records
 
@@ -166,39 +166,13 @@ def _number(value):
 
 def _first_examples(data, examples):
     """(x, y, sample_weight) of the first `examples` examples of arrays or of a data set."""
-    if isinstance(data, keras.utils.PyDataset):
-        batches = (data[i] for i in range(len(data)))
-    elif isinstance(data, tf.data.Dataset):
-        batches = data
-    elif isinstance(data, tuple | list):
-        batches = [data]
-    else:
-        raise ValueError(
-            "`data` must be a tuple (x, y) or (x, y, sample_weight) of arrays, a batched "
-            f"tf.data.Dataset or a keras.utils.PyDataset. Received: {type(data).__name__}"
-        )
     parts, missing = [], examples
-    for batch in batches:
-        if isinstance(batch, tuple | list) and len(batch) > 3:
-            raise ValueError(
-                f"`data` must give x, (x, y) or (x, y, sample_weight). Received: {len(batch)} parts"
-            )
-        batch = keras.utils.unpack_x_y_sample_weight(
-            tuple(batch) if isinstance(batch, list) else batch
-        )
-        check_lengths(*batch)
-        parts.append(keras.tree.map_structure(lambda a, n=missing: _first(a, n), batch))
-        missing -= len(keras.tree.flatten(parts[-1])[0])
+    for batch in batches.read(data):
+        # Of views of its arrays the whole data set would stay in memory.
+        parts.append(batches.mapped(lambda a, n=missing: np.array(a[:n]), batch))
+        missing -= batches.length(parts[-1])
         if missing <= 0:
             break
     if not parts:
         raise ValueError("`data` has no examples.")
-    return keras.tree.map_structure(_joined, *parts)
-
-
-def _first(array, n):
-    return None if array is None else np.array(array[:n])
-
-
-def _joined(*arrays):
-    return None if arrays[0] is None else np.concatenate(arrays)
+    return batches.joined(*parts)

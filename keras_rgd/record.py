@@ -67,14 +67,8 @@ def save_records(records, path):
     Raises:
         FileNotFoundError: it does not.
     """
-    path = pathlib.Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"No folder {path.parent} to write {path.name} to.")
-    rows = [{k: _plain(v) for k, v in vars(record).items()} for record in records]
-    text = json.dumps({_KEY: _VERSION, "records": rows}, allow_nan=False, indent=1)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    rows = [{k: plain(v) for k, v in vars(record).items()} for record in records]
+    save_json({_KEY: _VERSION, "records": rows}, path)
 
 
 def load_records(path):
@@ -89,33 +83,64 @@ def load_records(path):
     Raises:
         ValueError: the file holds no records, or records of another version of this package.
     """
+    content = load_json(path, _KEY, _VERSION, writer="save_records")
+    return [revived(DiffusionRecord, row, path) for row in content.get("records", [None])]
+
+
+def save_json(content, path):
+    """Write what JSON can hold to a file, whole or not at all.
+
+    Raises:
+        FileNotFoundError: the file's folder does not exist.
+    """
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"No folder {path.parent} to write {path.name} to.")
+    text = json.dumps(content, allow_nan=False, indent=1)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def load_json(path, key, version, writer):
+    """What `save_json` wrote for `writer`, with the entry `key` equal to `version`.
+
+    Raises:
+        ValueError: it is another file.
+    """
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        version = content[_KEY]
+        found = content[key]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"Expected a file written by save_records. Received: {path}") from error
-    if version != _VERSION:
+        raise ValueError(f"Expected a file written by {writer}. Received: {path}") from error
+    if found != version:
         raise ValueError(
-            f"Expected records of version {_VERSION}. Received: version {version} in {path}, "
+            f"Expected a file of version {version}. Received: version {found} in {path}, "
             "written by another version of keras_rgd."
         )
-    try:
-        return [DiffusionRecord(**_revived(row)) for row in content["records"]]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"Expected records with the fields of DiffusionRecord. Received: {path}: {error}"
-        ) from error
+    return content
 
 
-def _plain(value):
+def plain(value):
+    """A field of a record as JSON holds it."""
     if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
+        return [plain(v) for v in value.tolist()]
     # JSON has no NaN.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _revived(row):
-    floats = {f.name for f in dataclasses.fields(DiffusionRecord) if f.type is float}
-    revived = {k: math.nan if v is None and k in floats else v for k, v in row.items()}
-    revived["eigenvalues"] = np.array(row["eigenvalues"], np.float64)
-    return revived
+def revived(cls, row, path):
+    """A record of a dataclass from its fields as `plain` made them.
+
+    Raises:
+        ValueError: they are not its fields.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    try:
+        values = {k: math.nan if v is None and kinds[k] is float else v for k, v in row.items()}
+        arrays = {k: np.array(values[k], np.float64) for k in kinds if kinds[k] is np.ndarray}
+        return cls(**values | arrays)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"Expected the fields of {cls.__name__}. Received: {path}: {error!r}"
+        ) from error

@@ -34,6 +34,7 @@ __all__ = [
     "make_way",
     "measuring_way",
     "per_example_gradients",
+    "working_dtype",
 ]
 
 
@@ -233,7 +234,17 @@ def _trial_error(model, x, y, sample_weight, training, compiled):
     return error
 
 
-def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", chunk_size=None):
+def measuring_way(
+    model,
+    x,
+    y,
+    sample_weight,
+    *,
+    training,
+    per_example="auto",
+    chunk_size=None,
+    precise=True,
+):
     """A function (x, y, sample_weight) -> `PerExampleGradients` for use outside a graph.
 
     "auto" takes "layerwise" where that is exact for this model; else one example a lane where
@@ -250,6 +261,8 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
         per_example: one of `WAYS`.
         chunk_size: examples whose gradients are held at once. Defaults to `None`, as many as fit
             in 1 GiB.
+        precise: whether "layerwise" works in float64, as the Gram matrix of one batch should.
+            Defaults to `True`.
 
     Raises:
         ValueError: the way that was asked for is not exact or not possible.
@@ -257,14 +270,14 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
     check_way(per_example, chunk_size)
     way = per_example
     if way == "auto":
-        way = _measuring_choice(model, x, y, sample_weight, training)
+        way = _measuring_choice(model, x, y, sample_weight, training, precise)
     elif way == "layerwise":
-        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False, precise=True)
+        checks.check_layerwise(model, x, y, sample_weight, training, dynamic=False, precise=precise)
     elif way == "vectorized_map":
         check_batch(model, x, y, sample_weight, training=training)
     if way == "layerwise":
         make = make_way(model, way, training=training, n_examples=batch_size(x))
-        return functools.partial(compiled_way(functools.partial(make, precise=True), way), model)
+        return functools.partial(compiled_way(functools.partial(make, precise=precise), way), model)
     if chunk_size is None:
         weights = [w.value for w in model.trainable_variables]
         row = working_dtype(weights).size * vectors.size(weights)
@@ -285,11 +298,11 @@ def measuring_way(model, x, y, sample_weight, *, training, per_example="auto", c
     return measure
 
 
-def _measuring_choice(model, x, y, sample_weight, training):
+def _measuring_choice(model, x, y, sample_weight, training, precise):
     try:
         if batch_size(x) > 1:
             checks.check_layerwise(
-                model, x, y, sample_weight, training, dynamic=False, precise=True
+                model, x, y, sample_weight, training, dynamic=False, precise=precise
             )
             return "layerwise"
     except checks.NotExactError:

@@ -1,10 +1,14 @@
 """Per-example gradients outside a training step: each operation one compiled function."""
 
+import functools
+
 import tensorflow as tf
 
 from keras_rgd.per_example.checks import unchanged
 from keras_rgd.per_example.interface import PerExampleGradients
 from keras_rgd.per_example.loss import batch_size
+
+_OPERATIONS = ("dot", "combine", "combine_many", "gram", "rows", "squares", "images")
 
 
 def compiled_way(make, way):
@@ -13,21 +17,24 @@ def compiled_way(make, way):
     Each operation repeats the forward pass from the same seeds and moving statistics, and leaves
     them as they were.
     """
-
-    @tf.function(reduce_retracing=True)
-    def start(x, y, sample_weight):
-        gradients = make(x, y, sample_weight)
-        return gradients.loss, gradients.y_pred, gradients.gradient
-
-    def operation(name):
-        @tf.function(reduce_retracing=True)
-        def run(batch, *arguments):
-            return getattr(make(*batch), name)(*arguments)
-
-        return run
-
-    operations = {name: operation(name) for name in ("dot", "combine", "combine_many", "gram")}
+    start = _graph_function(_start, make)
+    operations = {name: _graph_function(_operate, make, name) for name in _OPERATIONS}
     return lambda model, *batch: Compiled(way, model, batch, start, operations)
+
+
+def _graph_function(function, *arguments):
+    # TensorFlow counts retracing by code object: a partial has none, and is counted alone.
+    partial = functools.partial(function, *arguments)
+    return tf.function(partial, reduce_retracing=True, autograph=False)
+
+
+def _start(make, x, y, sample_weight):
+    gradients = make(x, y, sample_weight)
+    return gradients.loss, gradients.y_pred, gradients.gradient, gradients.mean()
+
+
+def _operate(make, name, batch, *arguments):
+    return getattr(make(*batch), name)(*arguments)
 
 
 class Compiled(PerExampleGradients):
@@ -35,11 +42,30 @@ class Compiled(PerExampleGradients):
 
     def __init__(self, way, model, batch, start, operations):
         self.way, self.gram_is_cheap = way, way == "layerwise"
-        self._model, self._batch, self._operations = model, batch, operations
+        self._model, self._batch = model, batch
+        self._start, self._operations = start, operations
         self.weights = [w.value for w in model.trainable_variables]
         self.n_examples = batch_size(batch[0])
-        with unchanged(model):
-            self.loss, self.y_pred, self.gradient = start(*batch)
+
+    @functools.cached_property
+    def _started(self):
+        with unchanged(self._model):
+            return self._start(*self._batch)
+
+    @property
+    def loss(self):
+        return self._started[0]
+
+    @property
+    def y_pred(self):
+        return self._started[1]
+
+    @property
+    def gradient(self):
+        return self._started[2]
+
+    def mean(self):
+        return self._started[3]
 
     def _run(self, name, *arguments):
         with unchanged(self._model):
@@ -56,3 +82,12 @@ class Compiled(PerExampleGradients):
 
     def gram(self, center=None, unit=1.0):
         return self._run("gram", center, tf.cast(unit, self.dtype))
+
+    def rows(self):
+        return self._run("rows")
+
+    def squares(self):
+        return self._run("squares")
+
+    def images(self, v, shift):
+        return self._run("images", list(v), tf.cast(shift, self.dtype))

@@ -77,6 +77,32 @@ class PerExampleGradients(abc.ABC):
             fn_output_signature=[tf.TensorSpec(w.shape, self.dtype) for w in self.weights],
         )
 
+    def rows(self):
+        """The g_i themselves, a list of tensors (N, *weight shape): N d numbers."""
+        return self.combine_many(tf.eye(self.n_examples, dtype=self.dtype))
+
+    def squares(self):
+        """|g_i|^2, shape (N,)."""
+        return tf.add_n([squares_of_rows(rows) for rows in self.rows()])
+
+    def images(self, v, shift):
+        """sum_i (<g_i, v_j> - shift_j) g_i for each of m vectors v_j.
+
+        With shift_j = <gbar, v_j> that is N D v_j, without a pass of its own for the mean.
+
+        Args:
+            v: a list of tensors (m, *weight shape).
+            shift: shape (m,).
+
+        Returns:
+            A list of tensors (m, *weight shape).
+        """
+        return tf.map_fn(
+            lambda one: self.combine(self.dot(one[0]) - one[1]),
+            (v, shift),
+            fn_output_signature=[tf.TensorSpec(w.shape, self.dtype) for w in self.weights],
+        )
+
     def reweighted(self, m):
         """Grad r + (1/N) sum_i m_i g_i, a list of tensors shaped as the weights; v for m = 1.
 
@@ -139,6 +165,11 @@ def products(rows, others):
 
 def _matrix(tensor):
     return tf.reshape(tensor, [tf.shape(tensor)[0], tensor.shape[1:].num_elements()])
+
+
+def squares_of_rows(rows):
+    """The sum of the squares in each row of a tensor (n, ...), shape (n,)."""
+    return tf.reduce_sum(tf.square(_matrix(rows)), 1)
 
 
 def gram_of_rows(rows, center, unit):

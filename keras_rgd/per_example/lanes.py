@@ -115,6 +115,14 @@ class Lanes(PerExampleGradients):
             initializer=[tf.zeros(w.shape, self.dtype) for w in self.weights],
         )
 
+    def rows(self):
+        if self._chunk_size is None:
+            return self._rows
+        signature = [tf.TensorSpec([self._chunk_size, *w.shape], self.dtype) for w in self.weights]
+        rows = tf.map_fn(self._rows_of, self._chunks, fn_output_signature=signature)
+        pairs = zip(rows, self.weights, strict=True)
+        return [tf.reshape(r, [-1, *w.shape])[: self.n_examples] for r, w in pairs]
+
     def mean(self):
         return self._mean
 

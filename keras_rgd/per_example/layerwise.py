@@ -12,7 +12,11 @@ import tensorflow as tf
 
 from keras_rgd import vectors
 from keras_rgd.per_example.closed_forms import Contraction, Elementwise, NoFormError, Outer
-from keras_rgd.per_example.interface import ExampleSpace, PerExampleGradients
+from keras_rgd.per_example.interface import (
+    ExampleSpace,
+    PerExampleGradients,
+    squares_of_rows,
+)
 from keras_rgd.per_example.lanes import quiet
 from keras_rgd.per_example.loss import (
     batch_size,
@@ -154,6 +158,20 @@ class Layerwise(PerExampleGradients):
     def dot(self, v):
         return self._n * self._unit * tf.cast(self._dot(v), self.dtype)
 
+    def rows(self):
+        rows = dict(self._rows_by_weight())
+        factor = tf.cast(self._n * self._unit, self._inner)
+        return [
+            tf.cast(tf.reshape(factor * rows[index], [-1, *w.shape]), self.dtype)
+            if index in rows
+            else tf.zeros([self.n_examples, *w.shape], self.dtype)
+            for index, w in enumerate(self.weights)
+        ]
+
+    def squares(self):
+        squares = tf.add_n([squares_of_rows(rows) for _, rows in self._rows_by_weight()])
+        return tf.square(self._n * self._unit) * tf.cast(squares, self.dtype)
+
     def gram(self, center=None, unit=1.0):
         factor = tf.cast(self._n * self._unit / unit, self._inner)
         gram = self._gram * factor * factor
@@ -244,17 +262,34 @@ class Layerwise(PerExampleGradients):
             for p, w in zip(parts, self.weights, strict=True)
         ]
 
-    @functools.cached_property
-    def _gram(self):
+    @property
+    def _by_weight(self):
+        """(index, [(use, form), ...]) of each weight.
+
+        The last layers first, as the backward pass comes by them; products before elementwise
+        uses, which may share theirs.
+        """
         by_weight = {}
         for use, form in self._uses:
             for index in use.path.weights:
                 by_weight.setdefault(index, []).append((use, form))
+        return sorted(reversed(by_weight.items()), key=_elementwise)
+
+    def _rows_by_weight(self):
+        """(index, rows (N, its size)) of one weight after another: room for all may be short."""
+        before = []
+        for index, same in self._by_weight:
+            for _, form in same:
+                form.after = before
+            rows = tf.add_n([self._rows_by(index, *one) for one in same])
+            before = [rows]
+            yield index, rows
+
+    @functools.cached_property
+    def _gram(self):
         grams, small, formed, outer = [], [], [], Outer()
         ahead = 1 if self._one_by_one else _AHEAD
-        # The last layers first, as the backward pass comes by them; products before elementwise
-        # uses, which may share theirs.
-        for index, same in sorted(reversed(by_weight.items()), key=_elementwise):
+        for index, same in self._by_weight:
             for _, form in same:
                 form.after = formed[len(formed) - ahead :][:1] if len(formed) >= ahead else []
             use, form = same[0]

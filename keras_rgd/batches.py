@@ -1,0 +1,178 @@
+"""The examples of a data set in batches of one size, again and again in the same order."""
+
+import itertools
+import zlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def read(data):
+    """A data set's own batches, each (x, y, sample_weight) with its arrays as they are, checked.
+
+    Args:
+        data: a tuple `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`
+            or a `keras.utils.PyDataset`.
+
+    Raises:
+        ValueError: it is not what is described here.
+    """
+    if isinstance(data, keras.utils.PyDataset):
+        endless = data.num_batches is None
+        batches = (data[i] for i in (itertools.count() if endless else range(data.num_batches)))
+    elif isinstance(data, tf.data.Dataset):
+        batches = data
+    elif isinstance(data, tuple | list):
+        batches = [data]
+    else:
+        raise ValueError(
+            "`data` must be a tuple (x, y) or (x, y, sample_weight) of arrays, a batched "
+            f"tf.data.Dataset or a keras.utils.PyDataset. Received: {type(data).__name__}"
+        )
+    for batch in batches:
+        if isinstance(batch, tuple | list) and len(batch) > 3:
+            raise ValueError(
+                f"`data` must give x, (x, y) or (x, y, sample_weight). Received: {len(batch)} parts"
+            )
+        batch = tuple(batch) if isinstance(batch, list) else batch
+        batch = keras.utils.unpack_x_y_sample_weight(batch)
+        check_lengths(*batch)
+        yield batch
+
+
+def check_lengths(x, y, sample_weight):
+    """Raise `ValueError` unless all arrays have the same positive length along axis 0."""
+    lengths = {}
+    for name, tree in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        leaves = [t for t in keras.tree.flatten(tree) if t is not None]
+        lengths[name] = sorted({_shape_length(t) for t in leaves}, key=str)
+    distinct = {n for of_one in lengths.values() for n in of_one}
+    if len(distinct) != 1 or None in distinct or 0 in distinct:
+        given = ", ".join(f"{name} {ns}" for name, ns in lengths.items() if ns)
+        raise ValueError(
+            "Inputs, targets and sample weights must be arrays of the same positive length along "
+            f"axis 0 (batched, if they come from a data set). Received: lengths {given}"
+        )
+
+
+def _shape_length(array):
+    shape = np.shape(array)
+    return int(shape[0]) if len(shape) else None
+
+
+def mapped(function, batch):
+    """`function` of each array of a batch."""
+    return keras.tree.map_structure(lambda a: None if a is None else function(a), batch)
+
+
+def joined(*batches):
+    """Batches as one, along axis 0."""
+    return keras.tree.map_structure(
+        lambda *a: None if a[0] is None else np.concatenate(a), *batches
+    )
+
+
+def length(batch):
+    """How many examples a batch has."""
+    return len(next(a for a in keras.tree.flatten(batch) if a is not None))
+
+
+class Batches:
+    """Passes over a data set, `batch_size` examples at a time, whatever its own batches are.
+
+    Args:
+        data: as in `read`; data sets are read anew in each pass.
+        examples: how many to take: of arrays, drawn without replacement; of data sets, the first.
+            `None` for all.
+        batch_size: of the batches that come out.
+        seed: for the drawing.
+
+    Attributes:
+        count: N, how many examples there are.
+
+    Raises:
+        ValueError: `data` is not what is described here, has no end, or differs between passes.
+    """
+
+    def __init__(self, data, *, examples, batch_size, seed):
+        self._data, self._examples, self._batch_size = data, examples, batch_size
+        self._checksums = None
+        if isinstance(data, tuple | list):
+            (arrays,) = read(data)
+            # What is on disk stays there.
+            arrays = mapped(lambda a: a if hasattr(a, "dtype") else np.asarray(a), arrays)
+            if examples is not None and examples < length(arrays):
+                rng = np.random.default_rng(seed)
+                chosen = np.sort(rng.choice(length(arrays), examples, replace=False))
+                arrays = mapped(lambda a: (a.numpy() if tf.is_tensor(a) else a)[chosen], arrays)
+            self._read = lambda: [arrays]
+        else:
+            if examples is None and _is_endless(data):
+                raise ValueError(
+                    "`data` repeats without end. Expected a data set that ends, or `examples`, "
+                    "how many to read. Received: examples=None"
+                )
+            self._read = self._read_unchanged
+        self.count = sum(length(batch) for batch in self._read())
+        if not self.count:
+            raise ValueError("`data` has no examples.")
+
+    def steps(self, start=0):
+        """How many batches `after(start)` has."""
+        return -(-(self.count - start) // self._batch_size)
+
+    def after(self, start=0):
+        """One pass from example `start` on, each batch (x, y, sample_weight)."""
+        size, held, skip = self._batch_size, None, start
+        for batch in self._read():
+            n = length(batch)
+            if skip < n:
+                batch = mapped(lambda a, skip=skip: a[skip:], batch)
+                held = batch if held is None else joined(held, batch)
+                whole = length(held) // size * size
+                for at in range(0, whole, size):
+                    yield mapped(lambda a, at=at: a[at : at + size], held)
+                rest = mapped(lambda a, whole=whole: a[whole:], held)
+                held = rest if length(rest) else None
+            skip = max(skip - n, 0)
+        if held is not None:
+            yield held
+
+    def _read_unchanged(self):
+        """The data set's own batches, which must be the same in each pass."""
+        left, checksums = self._examples, []
+        for batch in read(self._data):
+            batch = mapped(np.asarray, batch)
+            if left is not None:
+                batch = mapped(lambda a, left=left: a[:left], batch)
+                left -= length(batch)
+            checksums.append(_checksum(batch))
+            at = len(checksums)
+            if self._checksums is not None and checksums[-1:] != self._checksums[at - 1 : at]:
+                raise ValueError(
+                    f"`data` gave other examples than before in its batch {at - 1}, and D needs "
+                    "several passes. Expected the same examples in the same order each time: no "
+                    "shuffling (or shuffle(..., reshuffle_each_iteration=False)) and no random "
+                    "augmentation."
+                )
+            yield batch
+            if left == 0:
+                break
+        self._checksums = checksums
+
+
+def _is_endless(data):
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches is None
+    return isinstance(data, tf.data.Dataset) and (
+        data.cardinality() == tf.data.INFINITE_CARDINALITY
+    )
+
+
+def _checksum(batch):
+    value = 0
+    for a in keras.tree.flatten(batch):
+        if a is not None:
+            value = zlib.crc32(np.ascontiguousarray(a), value)
+    return value

@@ -1,0 +1,221 @@
+"""Three routes to the spectrum of D over a data set that is streamed in batches.
+
+Of G, N x d, never more than some rows are in memory. The mean gradient is known from a first pass
+and taken off each row before any product, which keeps the digits that centring products would
+lose.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+import tensorflow as tf
+
+from keras_rgd import vectors
+from keras_rgd.diffusion import NOT_FINITE, NotFiniteError
+from keras_rgd.measurement import as_batch
+from keras_rgd.progress import progress_bar
+
+# Rows that enter the d x d matrix together: enough for a matrix product to pay.
+ROWS = 2048
+
+# ARPACK's residuals relative to each eigenvalue.
+_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigenvalues:
+    """What a route finds of the spectrum."""
+
+    eigenvalues: np.ndarray  # (k,), descending, float64, squared gradient
+    residuals: np.ndarray  # (k,), |D v - lambda v| of the vectors found; 0 of a dense solver
+    trace: float  # squared gradient
+
+
+class Passes:
+    """Per-example gradients of a data set, one batch after another, as often as wanted.
+
+    Args:
+        model: the model.
+        batches: a `Batches`.
+        way: the function from a batch to `PerExampleGradients`.
+        verbose: whether to show progress.
+
+    Attributes:
+        n: N.
+        d: the number of trainable scalars.
+        weights: the model's, a list of `tf.Variable`.
+        dtype: of the gradients, a numpy dtype; known after `means`, as `way`, their name.
+    """
+
+    def __init__(self, model, batches, way, verbose):
+        self._model, self._batches, self._gradients_of = model, batches, way
+        self._verbose, self._advance = verbose, None
+        self.n = batches.count
+        self.weights = [w.value for w in model.trainable_variables]
+        self.d = vectors.size(self.weights)
+
+    def gradients(self, what, start=0):
+        """`PerExampleGradients` of one batch after another, from example `start` on."""
+        with self.progress(what, self._batches.steps(start)) as advance:
+            for batch in self._batches.after(start):
+                yield self._gradients_of(*as_batch(self._model, *batch))
+                advance()
+
+    @contextlib.contextmanager
+    def progress(self, what, steps, more=0):
+        """One bar for what is inside, also where that makes passes of its own."""
+        if self._advance is not None:
+            yield self._advance
+            return
+        with progress_bar(what, steps, self._verbose, more) as self._advance:
+            try:
+                yield self._advance
+            finally:
+                self._advance = None
+
+    def steps(self):
+        """How many batches a pass has."""
+        return self._batches.steps()
+
+    @functools.cached_property
+    def means(self):
+        """(v, gbar): the gradient of the loss and its part by the examples, (d,), float64."""
+        v, mean = np.zeros(self.d), np.zeros(self.d)
+        for gradients in self.gradients("gradient"):
+            self.dtype, self.way = gradients.dtype.as_numpy_dtype, gradients.way
+            share = gradients.n_examples / self.n
+            v += share * vectors.flatten(gradients.gradient)
+            mean += share * vectors.flatten(gradients.mean())
+        if not np.all(np.isfinite(mean)):
+            raise NotFiniteError(NOT_FINITE)
+        return v, mean
+
+    def centred_rows(self, what, start=0):
+        """The g_i - gbar of one batch after another, each (n, d)."""
+        _, mean = self.means
+        mean = mean.astype(self.dtype)
+        for gradients in self.gradients(what, start):
+            rows = [np.reshape(r, (gradients.n_examples, -1)) for r in gradients.rows()]
+            rows = np.concatenate(rows, axis=1)
+            rows -= mean
+            yield rows
+
+    def products(self, what, x):
+        """D x, shape (d, m), for x of shape (d, m), in one pass; float64."""
+        _, mean = self.means
+        shift = mean @ x
+        v = [
+            tf.constant(np.reshape(part.T, (x.shape[1], *w.shape)), self.dtype)
+            for part, w in zip(np.split(x, self._ends), self.weights, strict=True)
+        ]
+        total = np.zeros((x.shape[1], self.d))
+        for gradients in self.gradients(what):
+            images = gradients.images(v, shift)
+            total += np.concatenate([np.reshape(t, (x.shape[1], -1)) for t in images], axis=1)
+        return total.T / self.n
+
+    @property
+    def _ends(self):
+        return np.cumsum([w.shape.num_elements() for w in self.weights])[:-1]
+
+
+def gram(passes, block):
+    """All min(N, d) eigenvalues from K = (1/N) H G G^T H, N x N.
+
+    The rows of `block` examples are in memory while those after them stream by.
+    """
+    n = passes.n
+    passes.means  # noqa: B018  # known before there are rows
+    k = np.empty((n, n))
+    for start in range(0, n, block):
+        end = min(start + block, n)
+        held, at = None, start
+        what = f"Gram matrix, examples {start:,} to {end:,} of {n:,}"
+        for rows in passes.centred_rows(what, start):
+            if at < end:
+                if held is None:
+                    held = np.empty((end - start, passes.d), passes.dtype)
+                held[at - start : at - start + len(rows)] = rows
+            stop = at + len(rows)
+            before = slice(start, min(end, stop))
+            products = held[: before.stop - start] @ rows.T
+            k[before, at:stop], k[at:stop, before] = products, products.T
+            at = stop
+    # (1, ..., 1) is an exact null vector then, so rank <= N - 1.
+    k -= k.mean(0, keepdims=True)
+    k -= k.mean(1, keepdims=True)
+    k /= n
+    return _all_eigenvalues(passes, k, np.trace(k))
+
+
+def covariance(passes):
+    """All min(N, d) eigenvalues from D itself, d x d."""
+    passes.means  # noqa: B018  # known before there are rows
+    d = passes.d
+    D = np.zeros((d, d), passes.dtype, order="F")
+    update = scipy.linalg.get_blas_funcs("syrk", dtype=D.dtype)
+    buffer, filled, trace = np.empty((min(ROWS, passes.n), d), D.dtype), 0, 0.0
+
+    def add(rows, D):
+        # rows.T stands in Fortran's order, as BLAS wants it: no copy.
+        return update(1 / passes.n, rows.T, beta=1.0, c=D, lower=1, overwrite_c=1)
+
+    for rows in passes.centred_rows(f"D, {d:,} x {d:,}"):
+        trace += float(np.einsum("nd,nd->n", rows, rows).sum(dtype=np.float64)) / passes.n
+        for at in range(0, len(rows), len(buffer)):
+            part = rows[at : at + len(buffer)]
+            if filled + len(part) > len(buffer):
+                D, filled = add(buffer[:filled], D), 0
+            buffer[filled : filled + len(part)] = part
+            filled += len(part)
+    D = add(buffer[:filled], D)
+    del buffer, rows
+    return _all_eigenvalues(passes, D, trace)
+
+
+def _all_eigenvalues(passes, matrix, trace):
+    options = dict(lower=True, overwrite_a=True, check_finite=False)
+    with passes.progress(f"eigenvalues of a matrix {len(matrix):,} x {len(matrix):,}", None):
+        eigenvalues = scipy.linalg.eigvalsh(matrix, **options)
+    descending = np.maximum(eigenvalues[::-1][: min(passes.n, passes.d)], 0).astype(np.float64)
+    return Eigenvalues(descending, np.zeros(len(descending)), float(trace))
+
+
+def leading(passes, k, seed):
+    """The k largest eigenvalues by ARPACK's Lanczos iteration, each product with D one pass."""
+    _, mean = passes.means
+    squares = 0.0
+    for gradients in passes.gradients("trace"):
+        squares += float(np.sum(gradients.squares(), dtype=np.float64))
+    # Of equal gradients rounding alone is left.
+    trace = squares / passes.n - mean @ mean
+    if trace <= 8 * np.finfo(passes.dtype).eps * squares / passes.n:
+        return Eigenvalues(np.zeros(k), np.zeros(k), max(trace, 0.0))
+
+    def matvec(x):
+        norm = np.linalg.norm(x)
+        return norm * passes.products("product", np.reshape(x / norm, (-1, 1)))[:, 0]
+
+    operator = scipy.sparse.linalg.LinearOperator((passes.d, passes.d), matvec, dtype=np.float64)
+    start = np.random.default_rng(seed).standard_normal(passes.d)
+    size = krylov_size(k, passes.d)
+    # A restart keeps k vectors and makes the others anew; how many there will be nobody knows.
+    restart = (size - k) * passes.steps()
+    what = f"{k} leading eigenvalues of D"
+    with passes.progress(what, size * passes.steps() + restart, more=restart):
+        eigenvalues, eigenvectors = scipy.sparse.linalg.eigsh(
+            operator, k, which="LA", v0=start, ncv=size, tol=_TOLERANCE
+        )
+    eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
+    images = passes.products("residuals", eigenvectors)
+    images -= eigenvalues * eigenvectors
+    return Eigenvalues(np.maximum(eigenvalues, 0), np.linalg.norm(images, axis=0), trace)
+
+
+def krylov_size(k, d):
+    """How many vectors of length d `leading` keeps for k eigenvalues."""
+    return min(max(2 * k + 1, 20), d)
