@@ -18,12 +18,18 @@ from keras_rgd import bounds, vectors
 # docs/epsilon.md.
 ESTIMATE_MARGIN = 1.5
 
+# The same where the estimate goes on from step to step, over all examples.
+ITERATED_MARGIN = 1.1
+
 # The estimate of the last batch stands while this batch's is within this factor of it.
 _AGREEMENT = 2.0
 
 # Where they disagree, at most so many steps, until one raises the estimate by less than this.
 _MAX_STEPS = 8
 _GROWTH = 0.05
+
+# The same where each step is a pass over a whole data set, from the last pass's vector.
+_GROWTH_IN_PASSES = 0.02
 
 # Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
 LARGEST_RELATIVE_CUT = 0.05
@@ -49,7 +55,7 @@ class Image:
     size: tf.Tensor  # |H G w| / sqrt(N), in units of a gradient, ()
     alpha: tf.Tensor  # in units of a gradient, ()
     direction: list  # of norm 1, or 0; shaped as the weights
-    examples: tf.Tensor  # H G w normalised, (N,)
+    examples: tf.Tensor | None = None  # H G w normalised, (N,), where it is kept
 
     @property
     def unit(self):
@@ -147,13 +153,76 @@ class DiffusionMatrix:
         )
         return tf.where(agree, tf.maximum(own, last), top)
 
+    def iterate(self, v, start, last_estimate):
+        """D v and the largest eigenvalue, by products that are one pass over the examples each.
+
+        A power iteration that begins where the last step's ended: while D changes little from
+        step to step one pass is enough, which also gives D v.
+
+        Args:
+            v: a list of tensors shaped as the weights.
+            start: likewise, of norm 1, or 0 for none.
+            last_estimate: the last step's largest eigenvalue, from below; 0 if there is none; a
+                scalar.
+
+        Returns:
+            D v, an `Image`; the largest eigenvalue in the unit `image.unit`**2, from below; and
+            where the next step may begin.
+        """
+        norm = vectors.norm(v)
+        unit = tf.where(norm > 0, norm, tf.ones_like(norm))
+        last = tf.cast(last_estimate, norm.dtype) / unit / unit
+        v = vectors.scale(v, 1 / unit)
+
+        def go_on(step, before, now, *_):
+            settled = tf.abs(now - before) <= _GROWTH_IN_PASSES * tf.maximum(now, before)
+            return tf.logical_or(step == 0, tf.logical_and(step < _MAX_STEPS, ~settled))
+
+        def one_pass(step, _, before, top, *_last):
+            along_v, along_top = self._images_in_one_pass(v, top, unit=unit)
+            higher = along_top.alpha >= along_v.alpha
+            alpha = tf.maximum(along_top.alpha, along_v.alpha) / unit
+            pairs = zip(along_top.direction, along_v.direction, strict=True)
+            top = [tf.where(higher, a, b) for a, b in pairs]
+            image = (along_v.size, along_v.alpha, along_v.direction)
+            return step + 1, before, tf.square(alpha), top, *image
+
+        begin = (0, last, last, list(start), norm, norm, v)
+        _, _, now, top, size, alpha, direction = tf.while_loop(go_on, one_pass, begin)
+        image = Image(norm=norm, size=size, alpha=alpha, direction=direction)
+        return image, now * tf.square(unit / image.unit), top
+
+    def _images_in_one_pass(self, *vs, unit):
+        """D v as an `Image` for each v of norm 1 or 0."""
+        n = tf.cast(self.n_examples, unit.dtype)
+        mean = self.gradients.mean()
+        stacked = [tf.stack(parts) / unit for parts in zip(*vs, strict=True)]
+        shift = tf.stack([vectors.inner(mean, v) for v in vs]) / unit
+        factors, pulled = self.gradients.images(stacked, shift)
+        images = []
+        for j, (k, along) in enumerate(
+            zip(tf.unstack(factors, len(vs)), tf.unstack(shift), strict=True)
+        ):
+            # What the shift left of the mean by rounding.
+            left = tf.reduce_mean(k)
+            centred, _ = _above_noise(k - left, tf.abs(along) + tf.reduce_max(tf.abs(k)))
+            size = vectors.norm([centred]) / tf.sqrt(n)
+            product = vectors.add([t[j] / n for t in pulled], mean, -left)
+            norm = vectors.norm(product)
+            images.append(
+                Image(
+                    norm=tf.ones_like(norm),
+                    size=size * unit,
+                    alpha=tf.math.divide_no_nan(norm, size),
+                    direction=[tf.math.divide_no_nan(t, norm) for t in product],
+                )
+            )
+        return images
+
     def _dot(self, v):
         """H G v / sqrt(N), and how long the rounding in it may be."""
         k = self.gradients.dot(v)
-        centred = k - tf.reduce_mean(k)
-        # Equal k differ by rounding alone; that is no variance.
-        noise = 32 * np.finfo(k.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.abs(k))
-        centred = tf.where(tf.reduce_max(tf.abs(centred)) > noise, centred, tf.zeros_like(k))
+        centred, noise = _above_noise(k - tf.reduce_mean(k), tf.reduce_max(tf.abs(k)))
         return centred / self._root_n, noise
 
     def _combine(self, u):
@@ -307,3 +376,17 @@ class DiffusionMatrix:
                 f"{expected}. Received: shapes {shapes}"
             )
         return self.gradients.cast(v)
+
+
+def _above_noise(centred, largest):
+    """Products k less their mean, 0 where they are rounding alone; and how large that may be.
+
+    Equal k differ by rounding; that is no variance.
+
+    Args:
+        centred: k less its mean, shape (N,).
+        largest: the largest |k|.
+    """
+    noise = 32 * np.finfo(centred.dtype.as_numpy_dtype).eps * largest
+    real = tf.reduce_max(tf.abs(centred)) > noise
+    return tf.where(real, centred, tf.zeros_like(centred)), noise

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 
 import keras
@@ -142,6 +143,11 @@ class RGDMixin:
             data = keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             x, y, sample_weight = keras.tree.map_structure(_tensor, (x, y, sample_weight))
+            in_pieces = per_example.batch_size(x) > (rgd.microbatch_size or math.inf)
+            if in_pieces:
+                x, y, sample_weight = per_example.first_examples(
+                    (x, y, sample_weight), rgd.microbatch_size
+                )
             if state.way is None or rgd.per_example in _CHECKED:
                 rgd.per_example_choice = choice = per_example.choose_way(
                     self,
@@ -153,6 +159,9 @@ class RGDMixin:
                     dynamic=dynamic,
                     compiled=compiled,
                 )
+            if in_pieces:
+                mixing_is_excluded = choice.way == "layerwise"
+                per_example.check_apart(self, x, y, sample_weight, not mixing_is_excluded)
             # One example alone cannot show that examples mix.
             state.checked = rgd.per_example not in _CHECKED or per_example.batch_size(x) > 1
             if state.checked:
@@ -166,6 +175,7 @@ class RGDMixin:
                 compiled=compiled,
                 n_examples=choice.n_examples,
                 repeats=choice.repeats,
+                microbatch_size=rgd.microbatch_size,
             )
 
     def save_assets(self, path):

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import per_example as per_example_gradients
-from keras_rgd.step import step_of
+from keras_rgd.step import iterated_step_of, step_of
 
 _ORDINARY_MODEL = """\
 RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
@@ -49,6 +49,12 @@ class RGD(keras.optimizers.Optimizer):
             which it was and why. Defaults to `"auto"`.
         chunk_size: how many examples' gradients "vectorized_map" holds at once; `None` for the
             whole batch. Defaults to `None`.
+        microbatch_size: how many examples are differentiated together. A batch, which may be the
+            whole data set (`fit(batch_size=N)`: Eq. 10 as a deterministic system), is then taken
+            in pieces: one pass over them for v, and one for D v and M_x, more where M_x has
+            changed by over 2% since the last step. M_x is then an estimate, from a power
+            iteration that goes on from step to step, times 1.1. No example may enter another's
+            loss. Defaults to `None`, batches are taken whole.
         weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name: as in
             every Keras optimizer.
@@ -65,6 +71,7 @@ class RGD(keras.optimizers.Optimizer):
         nesterov=False,
         per_example="auto",
         chunk_size=None,
+        microbatch_size=None,
         weight_decay=None,
         clipnorm=None,
         clipvalue=None,
@@ -98,11 +105,17 @@ class RGD(keras.optimizers.Optimizer):
         if not isinstance(nesterov, bool):
             raise ValueError(f"`nesterov` must be True or False. Received: nesterov={nesterov!r}")
         per_example_gradients.check_way(per_example, chunk_size)
+        if microbatch_size is not None and not per_example_gradients.is_count(microbatch_size):
+            raise ValueError(
+                "`microbatch_size` must be a positive integer, or None for the whole batch. "
+                f"Received: microbatch_size={microbatch_size!r}"
+            )
         self._epsilon = epsilon_rules.get(epsilon)
         self.momentum = float(momentum)
         self.nesterov = nesterov
         self.per_example = per_example
         self.chunk_size = chunk_size
+        self.microbatch_size = microbatch_size
         self.per_example_choice = None
         self._applies_direction = False
 
@@ -112,7 +125,7 @@ class RGD(keras.optimizers.Optimizer):
         return self._epsilon
 
     def build(self, variables):
-        """Create the state: momenta and the last step's scalars.
+        """Create the state: momenta, the last step's scalars, and where an iteration goes on.
 
         They depend on the weights and the configuration alone, so that a saved state always fits.
         """
@@ -123,6 +136,12 @@ class RGD(keras.optimizers.Optimizer):
         if self.momentum != 0:
             self.momentums = [
                 self.add_variable_from_reference(variable, name="momentum")
+                for variable in variables
+            ]
+        self.top_directions = []
+        if self.microbatch_size is not None:
+            self.top_directions = [
+                self.add_variable_from_reference(variable, name="top_direction")
                 for variable in variables
             ]
         self.lambda_max = self.add_variable((), name="lambda_max")
@@ -154,12 +173,16 @@ class RGD(keras.optimizers.Optimizer):
                 "The optimizer has no state yet. Call optimizer.build(model.trainable_variables) "
                 "before the first step."
             )
-        step = step_of(gradients, self.lambda_max.value)
+        if self.microbatch_size is None:
+            step, top = step_of(gradients, self.lambda_max.value), []
+        else:
+            start = gradients.cast([t.value for t in self.top_directions])
+            step, top = iterated_step_of(gradients, self.lambda_max.value, start)
         epsilon = self.epsilon(step.spectrum, self.iterations)
-        self._record(step.spectrum, epsilon)
+        self._record(step.spectrum, epsilon, top)
         return step.direction(epsilon)
 
-    def _record(self, spectrum, epsilon):
+    def _record(self, spectrum, epsilon, top):
         unit = spectrum.unit
         values = [
             (self.lambda_max, spectrum.lambda_max * unit * unit),
@@ -168,7 +191,7 @@ class RGD(keras.optimizers.Optimizer):
         ]
         # A batch that overflowed (half precision skips it) must not become the next estimate.
         finite = tf.reduce_all([tf.math.is_finite(value) for _, value in values])
-        for variable, value in values:
+        for variable, value in [*values, *zip(self.top_directions, top, strict=True)]:
             value = tf.cast(value, variable.dtype)
             variable.assign(tf.where(finite, value, variable.value))
         cut = tf.logical_and(finite, self.epsilon.was_cut(spectrum, epsilon))
@@ -226,6 +249,7 @@ class RGD(keras.optimizers.Optimizer):
                 "nesterov": self.nesterov,
                 "per_example": self.per_example,
                 "chunk_size": self.chunk_size,
+                "microbatch_size": self.microbatch_size,
             }
         )
         return config

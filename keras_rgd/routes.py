@@ -114,7 +114,7 @@ class Passes:
         ]
         total = np.zeros((x.shape[1], self.d))
         for gradients in self.gradients(what):
-            images = gradients.images(v, shift)
+            _, images = gradients.images(v, shift)
             total += np.concatenate([np.reshape(t, (x.shape[1], -1)) for t in images], axis=1)
         return total.T / self.n
 

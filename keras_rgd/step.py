@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_rgd import bounds, vectors
-from keras_rgd.diffusion import ESTIMATE_MARGIN, DiffusionMatrix
+from keras_rgd.diffusion import ESTIMATE_MARGIN, ITERATED_MARGIN, DiffusionMatrix
 from keras_rgd.epsilon import GramSpectrum, Spectrum
 
 
@@ -16,7 +16,27 @@ def step_of(gradients, last_estimate):
     """
     if gradients.gram_is_cheap:
         return GramStep(gradients)
-    return MatvecStep(gradients, last_estimate)
+    D = DiffusionMatrix(gradients)
+    image = D.image(gradients.gradient)
+    estimate = D.estimate(image, last_estimate)
+    return MatvecStep(gradients, image, estimate * ESTIMATE_MARGIN)
+
+
+def iterated_step_of(gradients, last_estimate, start):
+    """As `step_of` where each operation is a pass over many examples: as few as can be.
+
+    Args:
+        gradients: the batch's `PerExampleGradients`.
+        last_estimate: `lambda_max` of the last step, 0 if there is none; a scalar.
+        start: what the last step returned, a list of tensors shaped as the weights; 0 at first.
+
+    Returns:
+        A `MatvecStep`; where the next step may start.
+    """
+    D = DiffusionMatrix(gradients)
+    last = last_estimate / ITERATED_MARGIN
+    image, estimate, top = D.iterate(gradients.gradient, start, last)
+    return MatvecStep(gradients, image, estimate * ITERATED_MARGIN), top
 
 
 class GramStep:
@@ -52,16 +72,18 @@ class GramStep:
 class MatvecStep:
     """A step by products with D: an estimate of M_x, and v less eps D v.
 
+    Args:
+        gradients: the batch's `PerExampleGradients`.
+        image: D v as an `Image`.
+        lambda_max: M_x in the unit `image.unit`**2, a scalar tensor.
+
     Attributes:
         spectrum: for a rule of `keras_rgd.epsilon`.
     """
 
-    def __init__(self, gradients, last_estimate):
-        self._gradients = gradients
-        D = DiffusionMatrix(gradients)
-        self._image = image = D.image(gradients.gradient)
+    def __init__(self, gradients, image, lambda_max):
+        self._gradients, self._image = gradients, image
         unit = image.unit
-        lambda_max = D.estimate(image, last_estimate) * ESTIMATE_MARGIN
         mass = tf.square(image.size / unit)
         nodes, weights = bounds.moments_measure(
             lambda_max, mass, mass * tf.square(image.alpha / unit)

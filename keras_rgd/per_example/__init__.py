@@ -9,12 +9,14 @@ import tensorflow as tf
 
 from keras_rgd import vectors
 from keras_rgd.per_example import checks, lanes
+from keras_rgd.per_example.checks import check_apart, first_examples
 from keras_rgd.per_example.compiled import compiled_way
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.interface import PerExampleGradients, working_dtype
 from keras_rgd.per_example.lanes import Lanes
 from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.loss import batch_size
+from keras_rgd.per_example.pieces import Pieces
 
 WAYS = ("auto", "layerwise", "double_backward", "vectorized_map")
 
@@ -26,10 +28,12 @@ __all__ = [
     "Choice",
     "PerExampleGradients",
     "batch_size",
+    "check_apart",
     "check_batch",
     "check_model",
     "check_way",
     "choose_way",
+    "first_examples",
     "is_count",
     "make_way",
     "measuring_way",
@@ -169,7 +173,15 @@ def choose_way(model, per_example, x, y, sample_weight, *, training, dynamic, co
 
 
 def make_way(
-    model, per_example, *, training, chunk_size=None, compiled=False, n_examples=64, repeats=True
+    model,
+    per_example,
+    *,
+    training,
+    chunk_size=None,
+    compiled=False,
+    n_examples=64,
+    repeats=True,
+    microbatch_size=None,
 ):
     """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
 
@@ -181,7 +193,21 @@ def make_way(
         compiled: whether the caller compiles what it traces with XLA.
         n_examples: N, to count work by where the trace does not know it.
         repeats: as `Choice.repeats`.
+        microbatch_size: examples differentiated together, so that a batch is taken in pieces.
+            Defaults to `None`, the whole batch.
     """
+    if microbatch_size is not None:
+        make = make_way(
+            model,
+            per_example,
+            training=training,
+            chunk_size=chunk_size,
+            compiled=compiled,
+            n_examples=n_examples,
+            repeats=repeats,
+        )
+        state = checks.changeable(model)
+        return functools.partial(Pieces, model, make, per_example, state, int(microbatch_size))
     if per_example == "double_backward":
         return functools.partial(_double_backward, model, training, chunk_size)
     if per_example == "layerwise":

@@ -85,6 +85,12 @@ def unchanged(model):
             variable.assign(value)
 
 
+def changeable(model):
+    """The variables that a forward pass and its loss may change, but the weights themselves."""
+    weights = {id(v) for v in model.trainable_variables}
+    return [v for v in _state(model) if id(v) not in weights]
+
+
 def _state(model):
     """All that a forward pass may change.
 
@@ -199,6 +205,52 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic, precise=False
         f"{wrong} by another way than the model's output: loss={model.loss}.",
         _LAYERWISE_ADVICE,
     )
+
+
+def check_apart(model, x, y, sample_weight, training):
+    """Raise `NotExactError` where an example's f_i is another one in a smaller batch.
+
+    Args:
+        model: a compiled, built model.
+        x: a batch's inputs.
+        y: its targets.
+        sample_weight: its sample weights or `None`.
+        training: whether layers behave as in training.
+
+    Raises:
+        NotExactError: names the layer that mixes examples or draws random numbers, or the loss.
+    """
+    if not takes_any_size(model) or batch_size(x) == 1:
+        return
+    batch = first_examples((x, y, sample_weight), _EXAMPLES)
+    if training:
+        mixing = _layer_that_mixes(model, batch[0], training)
+        if mixing is not None:
+            raise NotExactError(
+                f"Layer {_names([mixing])} gives an example an output that depends on the other "
+                "examples of the batch, or on random numbers, so that a batch cannot be taken in "
+                "pieces.",
+                "Take it whole, or with training=False where that is an argument.",
+            )
+    n = batch_size(batch[0])
+    half = n // 2
+    # Signs, as a plain sum is nearly 0 at a minimum.
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], half)
+    sums = []
+    for count, others in ((n, n - half), (half, 0)):
+        # In evaluation mode what differs is the loss.
+        with unchanged(model):
+            gradients = DoubleBackward(model, *first_examples(batch, count), training=False)
+            w = tf.constant(np.concatenate([signs, np.zeros(others)]), gradients.dtype)
+            sums.append(gradients.combine(w))
+    if _first_unequal(model, *sums) is not None:
+        raise NotExactError(
+            "The loss of an example changes with the batch it is in: a loss with reduction='sum', "
+            "or a mask whose valid steps are counted over the batch. Its gradient over all "
+            "examples cannot be had in pieces.",
+            "Expected a loss with the default reduction, 'sum_over_batch_size', and no mask. "
+            f"Received: loss={model.loss!r}.",
+        )
 
 
 def takes_any_size(model):

@@ -98,12 +98,4 @@ class DoubleBackward(PerExampleGradients):
         if self._holds_all_rows:
             rows = self.combine_many(tf.eye(self.n_examples, dtype=self.dtype))
             return gram_of_rows(rows, center, unit)
-        center = [tf.zeros(w.shape, self.dtype) for w in self.weights] if center is None else center
-
-        def column(e):
-            """<(g_i - c) / unit, h> for h = (g_j - c) / unit; e is the unit vector of j."""
-            h = vectors.scale(vectors.add(self.combine(e), center, -1.0), 1 / unit)
-            return (self.dot(h) - vectors.inner(center, h)) / unit
-
-        # Symmetric, so its columns are its rows.
-        return tf.map_fn(column, tf.eye(self.n_examples, dtype=self.dtype))
+        return super().gram(center, unit)

@@ -58,9 +58,10 @@ class PerExampleGradients(abc.ABC):
     def combine(self, w):
         """sum_i w_i g_i, a list of tensors shaped as the weights, for w of shape (N,)."""
 
-    @abc.abstractmethod
     def gram(self, center=None, unit=1.0):
         """<(g_i - c) / unit, (g_j - c) / unit>, shape (N, N).
+
+        Here by N times `combine` and `dot`, with no more memory than those take.
 
         Args:
             center: c, a list of tensors shaped as the weights. Subtracting the mean gradient
@@ -68,6 +69,15 @@ class PerExampleGradients(abc.ABC):
                 Defaults to `None`, which is c = 0.
             unit: a scalar tensor that keeps the squares in range.
         """
+        center = [tf.zeros(w.shape, self.dtype) for w in self.weights] if center is None else center
+
+        def column(e):
+            """<(g_i - c) / unit, h> for h = (g_j - c) / unit; e is the unit vector of j."""
+            h = vectors.scale(vectors.add(self.combine(e), center, -1.0), 1 / unit)
+            return (self.dot(h) - vectors.inner(center, h)) / unit
+
+        # Symmetric, so its columns are its rows.
+        return tf.map_fn(column, tf.eye(self.n_examples, dtype=self.dtype))
 
     def combine_many(self, w):
         """Rows of `combine`: for w of shape (m, N) a list of tensors (m, *weight shape)."""
@@ -86,7 +96,7 @@ class PerExampleGradients(abc.ABC):
         return tf.add_n([squares_of_rows(rows) for rows in self.rows()])
 
     def images(self, v, shift):
-        """sum_i (<g_i, v_j> - shift_j) g_i for each of m vectors v_j.
+        """sum_i (<g_i, v_j> - shift_j) g_i for each of m vectors v_j, and those factors.
 
         With shift_j = <gbar, v_j> that is N D v_j, without a pass of its own for the mean.
 
@@ -95,12 +105,18 @@ class PerExampleGradients(abc.ABC):
             shift: shape (m,).
 
         Returns:
-            A list of tensors (m, *weight shape).
+            The factors, shape (m, N); a list of tensors (m, *weight shape).
         """
+
+        def one(given):
+            vector, mean = given
+            k = self.dot(vector) - mean
+            return k, self.combine(k)
+
+        signature = [tf.TensorSpec(w.shape, self.dtype) for w in self.weights]
+        known = self.n_examples if isinstance(self.n_examples, int) else None
         return tf.map_fn(
-            lambda one: self.combine(self.dot(one[0]) - one[1]),
-            (v, shift),
-            fn_output_signature=[tf.TensorSpec(w.shape, self.dtype) for w in self.weights],
+            one, (v, shift), fn_output_signature=(tf.TensorSpec([known], self.dtype), signature)
         )
 
     def reweighted(self, m):
