@@ -33,10 +33,31 @@ def load_dataset(name, split, *, data_dir=None, download=False, scale=_MAX_PIXEL
     Raises:
         DatasetError: the data set is unknown, unfit or absent.
     """
+    return read_split(_prepared(name, data_dir, download), split, scale)
+
+
+def dataset_size(name, splits, *, data_dir=None, download=False):
+    """How many examples the splits of a data set have together.
+
+    Args:
+        name: as in `load_dataset`.
+        splits: their names.
+        data_dir: as in `load_dataset`.
+        download: as in `load_dataset`.
+
+    Raises:
+        DatasetError: the data set is unknown, unfit or absent.
+    """
+    infos = _prepared(name, data_dir, download).info.splits
+    return sum(infos[split].num_examples for split in splits)
+
+
+def _prepared(name, data_dir, download):
+    """The builder of a data set that is on disk, or is downloaded now."""
     builder = _find(name, data_dir)
     _require_image_classification(builder)
     _require_on_disk(builder, name, download)
-    return read_split(builder, split, scale)
+    return builder
 
 
 def read_split(builder, split, scale):
