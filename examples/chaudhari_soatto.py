@@ -152,6 +152,7 @@ class Measure(keras.callbacks.Callback):
         if epoch + 1 in self.epochs:
             spectrum = keras_rgd.spectrum(self.model, self.train, **self.options)
             _, accuracy = self.model.evaluate(*self.train, batch_size=1000, verbose=0)
+            print(f"rank {spectrum.rank}, {spectrum.rank_percent:.2f} % of d", flush=True)
             self.measured.append((epoch + 1, 1 - accuracy, 1 - logs["val_accuracy"], spectrum))
 
 

@@ -29,7 +29,7 @@ class InUnits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectrum(InUnits):
+class SpectralMeasure(InUnits):
     """What a rule knows of D and a vector v, in the unit `unit`**2 for eigenvalues.
 
     Attributes:
@@ -59,7 +59,7 @@ class Spectrum(InUnits):
         return tf.sqrt(tf.math.divide_no_nan(error, size))
 
     def quadrature(self):
-        """A `Spectrum` whose weak-field error is cheap for many eps: this one."""
+        """A `SpectralMeasure` whose weak-field error is cheap for many eps: this one."""
         return self
 
 
@@ -72,7 +72,7 @@ class GramSpectrum(InUnits):
         gram: K = (1/N) H G G^T H, shape (N, N).
         products: H G v / sqrt(N), shape (N,).
         square: |v|^2, a scalar tensor.
-        unit: as in `Spectrum`.
+        unit: as in `SpectralMeasure`.
     """
 
     lambda_max: tf.Tensor
@@ -82,7 +82,7 @@ class GramSpectrum(InUnits):
     unit: tf.Tensor
 
     def weak_field_error(self, epsilon):
-        """As `Spectrum.weak_field_error`, for eps < 1/lambda_max, by products with K.
+        """As `SpectralMeasure.weak_field_error`, for eps < 1/lambda_max, by products with K.
 
         (I + eps D)^-1 v = v - eps B y with B^T B = K, y = (I + eps K)^-1 B^T v, and the difference
         to (I - eps D) v is eps B (B^T v - y).
@@ -99,23 +99,23 @@ class GramSpectrum(InUnits):
         return tf.sqrt(tf.math.divide_no_nan(tf.maximum(error, 0), size))
 
     def quadrature(self):
-        """A `Spectrum` whose weak-field error is cheap for many eps."""
+        """A `SpectralMeasure` whose weak-field error is cheap for many eps."""
         length = tf.norm(self.products)
         mass = tf.math.divide_no_nan(tf.square(length), self.square)
         start = tf.math.divide_no_nan(self.products, length)
         nodes, weights = bounds.lanczos_measure(self.gram, start, tf.minimum(mass, self.lambda_max))
-        return Spectrum(self.lambda_max, nodes, weights, self.unit)
+        return SpectralMeasure(self.lambda_max, nodes, weights, self.unit)
 
 
 class Rule(abc.ABC):
-    """Chooses eps from a `Spectrum`. Subclasses are Keras-serializable."""
+    """Chooses eps from a `SpectralMeasure`. Subclasses are Keras-serializable."""
 
     @abc.abstractmethod
     def __call__(self, spectrum, iteration):
         """The chosen eps in the unit unit**-2 of `spectrum`, a scalar tensor, below 1/lambda_max.
 
         Args:
-            spectrum: a `Spectrum`.
+            spectrum: a `SpectralMeasure`.
             iteration: number of steps taken, an integer tensor, for schedules.
         """
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import vectors
-from keras_rgd.epsilon import Spectrum
+from keras_rgd.epsilon import SpectralMeasure
 
 
 class DiffusionMetric:
@@ -113,14 +113,14 @@ def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
 
 
 def _spectrum(diffusion_matrix, v):
-    """The exact `Spectrum` of D along v, in float64."""
+    """The exact `SpectralMeasure` of D along v, in float64."""
     eigenvalues = diffusion_matrix.eigenvalues()
     top = eigenvalues[0]
     unit = np.sqrt(top) if top > 0 else 1.0
     norm = float(vectors.norm(v))
     weights = (diffusion_matrix.example_coordinates(v) / (norm if norm > 0 else 1.0)) ** 2
     rest = max(1 - weights.sum(), 0)
-    return Spectrum(
+    return SpectralMeasure(
         lambda_max=tf.constant(top / unit**2, tf.float64),
         nodes=tf.constant(np.append(eigenvalues / unit**2, 0), tf.float64),
         weights=tf.constant(np.append(weights, rest), tf.float64),

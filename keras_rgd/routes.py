@@ -107,7 +107,7 @@ class Passes:
     def products(self, what, x):
         """D x, shape (d, m), for x of shape (d, m), in one pass; float64."""
         _, mean = self.means
-        shift = mean @ x
+        shift = (mean @ x).astype(self.dtype)
         v = [
             tf.constant(np.reshape(part.T, (x.shape[1], *w.shape)), self.dtype)
             for part, w in zip(np.split(x, self._ends), self.weights, strict=True)
@@ -194,7 +194,7 @@ def leading(passes, k, seed):
     # Of equal gradients rounding alone is left.
     trace = squares / passes.n - mean @ mean
     if trace <= 8 * np.finfo(passes.dtype).eps * squares / passes.n:
-        return Eigenvalues(np.zeros(k), np.zeros(k), max(trace, 0.0))
+        return Eigenvalues(np.zeros(k), np.zeros(k), max(float(trace), 0.0))
 
     def matvec(x):
         norm = np.linalg.norm(x)
@@ -213,7 +213,8 @@ def leading(passes, k, seed):
     eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
     images = passes.products("residuals", eigenvectors)
     images -= eigenvalues * eigenvectors
-    return Eigenvalues(np.maximum(eigenvalues, 0), np.linalg.norm(images, axis=0), trace)
+    residuals = np.linalg.norm(images, axis=0)
+    return Eigenvalues(np.maximum(eigenvalues, 0), residuals, float(trace))
 
 
 def krylov_size(k, d):

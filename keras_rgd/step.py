@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from keras_rgd import bounds, vectors
 from keras_rgd.diffusion import ESTIMATE_MARGIN, ITERATED_MARGIN, DiffusionMatrix
-from keras_rgd.epsilon import GramSpectrum, Spectrum
+from keras_rgd.epsilon import GramSpectrum, SpectralMeasure
 
 
 def step_of(gradients, last_estimate):
@@ -88,7 +88,9 @@ class MatvecStep:
         nodes, weights = bounds.moments_measure(
             lambda_max, mass, mass * tf.square(image.alpha / unit)
         )
-        self.spectrum = Spectrum(lambda_max=lambda_max, nodes=nodes, weights=weights, unit=unit)
+        self.spectrum = SpectralMeasure(
+            lambda_max=lambda_max, nodes=nodes, weights=weights, unit=unit
+        )
 
     def direction(self, epsilon):
         """(I - eps D) v, Eq. (10), for eps in the unit of the spectrum."""

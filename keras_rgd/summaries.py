@@ -6,6 +6,9 @@ import matplotlib.figure
 import numpy as np
 import tensorflow as tf
 
+from keras_rgd.diffusion import FLOAT32_EPSILON
+from keras_rgd.whole_dataset import Spectrum
+
 # What TensorBoard shows of each beside its chart; markdown.
 _SCALARS = {
     "lambda_max": "The largest eigenvalue of D, M_x of the paper; squared gradient.",
@@ -52,7 +55,7 @@ def plot_spectrum(records, ax=None):
     """Eigenvalues against their index on log-log axes, with the rank cut and 1/eps of the last.
 
     Args:
-        records: one `DiffusionRecord`, or a list of them to be drawn from light to dark.
+        records: one `DiffusionRecord` or `Spectrum`, or a list to be drawn from light to dark.
         ax: matplotlib axes to draw on. Defaults to `None`, axes of a new figure.
 
     Returns:
@@ -70,28 +73,46 @@ def plot_spectrum(records, ax=None):
         figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
         ax = figure.add_subplot()
     for shade, record in zip(np.linspace(0.25, 1, len(records)), records, strict=True):
-        counted = record.eigenvalues[record.eigenvalues > record.rank_gram_cut]
-        label = f"epoch {record.epoch}" if record in (records[0], records[-1]) else None
+        counted = record.eigenvalues[record.eigenvalues > _floor(record)]
+        ends = record in (records[0], records[-1])
+        label = f"epoch {record.epoch}" if ends and hasattr(record, "epoch") else None
         color = matplotlib.colormaps["viridis_r"](shade if len(records) > 1 else 0.8)
         ax.loglog(
             np.arange(1, len(counted) + 1), counted, ".-", ms=3, lw=1, color=color, label=label
         )
     last = records[-1]
-    if last.rank is not None:
-        cut, label = last.rank_cut, rf"cut $\lambda_{{max}}\,d\,\epsilon_{{32}}$: rank {last.rank}"
-    else:
-        cut, label = (
-            last.rank_gram_cut,
-            rf"cut $\lambda_{{max}}\,N\,\epsilon$: rank {last.rank_gram}",
-        )
+    rank, cut, factor = _rank(last)
+    label = rf"cut $\lambda_{{max}}\,{factor}$: rank {rank}"
     ax.axhline(cut, color="tab:gray", ls="--", lw=1, label=label)
-    if last.epsilon > 0:
+    if getattr(last, "epsilon", 0) > 0:
         ax.axhline(1 / last.epsilon, color="tab:red", ls=":", lw=1.5, label=r"$1/\epsilon$")
     ax.set_xlabel("index of the eigenvalue")
     ax.set_ylabel("eigenvalue of D")
-    ax.set_title(f"Spectrum of D, N = {last.examples}, d = {last.n_weights:,}")
+    n = last.n_examples if isinstance(last, Spectrum) else last.examples
+    ax.set_title(f"Spectrum of D, N = {n:,}, d = {last.n_weights:,}")
     ax.legend(loc="lower left", fontsize="small")
     return ax
+
+
+def _floor(record):
+    """Eigenvalues below are rounding."""
+    if isinstance(record, Spectrum):
+        return record.lambda_max * min(record.n_examples, record.n_weights) * FLOAT32_EPSILON
+    return record.rank_gram_cut
+
+
+_BY_D = r"d\,\epsilon_{32}"  # of float32
+
+
+def _rank(record):
+    """The rank as it is shown, its cut, and what lambda_max is multiplied by there."""
+    if isinstance(record, Spectrum):
+        rank = f"{record.rank}{' or more' if record.rank_is_lower_bound else ''}"
+        by_d = record.rank_rule == "reference"
+        return rank, record.rank_cut, _BY_D if by_d else r"\min(N, d)\,\epsilon_{32}"
+    if record.rank is not None:
+        return f"{record.rank}", record.rank_cut, _BY_D
+    return f"{record.rank_gram}", record.rank_gram_cut, r"N\,\epsilon"
 
 
 def _picture(record):

@@ -12,12 +12,12 @@ from rows import random_rows
 import keras_rgd
 from keras_rgd import DiffusionMatrix
 from keras_rgd import epsilon as rules
-from keras_rgd.epsilon import Fixed, Fraction, Spectrum, WeakField
+from keras_rgd.epsilon import Fixed, Fraction, SpectralMeasure, WeakField
 from keras_rgd.metric import choose_epsilon
 
 
 def spectrum(lambda_max, nodes=(0.0,), weights=(1.0,), unit=1.0, dtype="float64"):
-    return Spectrum(*(tf.constant(t, dtype) for t in (lambda_max, nodes, weights, unit)))
+    return SpectralMeasure(*(tf.constant(t, dtype) for t in (lambda_max, nodes, weights, unit)))
 
 
 @pytest.fixture

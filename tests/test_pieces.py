@@ -1,0 +1,250 @@
+"""RGD over a batch in pieces: the step of the whole batch, whatever the size of the pieces."""
+
+import functools
+import re
+
+import cases
+import keras
+import numpy as np
+import pytest
+import reference
+import steps
+import tensorflow as tf
+from keras import layers as L
+from sklearn.datasets import load_digits
+
+import keras_rgd
+
+N = 640
+
+
+def digits(n=N):
+    x, y = load_digits(return_X_y=True)
+    return (x[:n] / 16).astype("float32"), y[:n]
+
+
+def mlp(regularizer="l2"):
+    keras.utils.set_random_seed(3)
+    hidden = L.Dense(12, activation="relu", kernel_regularizer=regularizer)
+    return keras_rgd.RGDSequential([keras.Input((64,)), hidden, L.Dense(10)])
+
+
+def lstm():
+    keras.utils.set_random_seed(3)
+    return keras_rgd.RGDSequential([keras.Input((64,)), L.Reshape((8, 8)), L.LSTM(5), L.Dense(10)])
+
+
+def fitted(model, microbatch_size, *, n=N, steps=3, way="auto", xla=False, weights=None, **options):
+    """(weights after some full-batch steps, the history, the optimizer)."""
+    optimizer = keras_rgd.RGD(0.5, per_example=way, microbatch_size=microbatch_size, **options)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss, metrics=["accuracy"], jit_compile=xla)
+    x, y = digits(n)
+    history = model.fit(
+        x, y, batch_size=n, epochs=steps, shuffle=False, verbose=0, sample_weight=weights
+    )
+    return reference.flatten(model.get_weights()), history.history, optimizer
+
+
+def same(a, b):
+    assert reference.relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "build, way, xla",
+    [
+        (mlp, "layerwise", False),
+        (mlp, "layerwise", True),
+        (mlp, "double_backward", False),
+        (mlp, "vectorized_map", False),
+        (lstm, "double_backward", False),
+    ],
+)
+def test_pieces_of_any_size_take_the_same_steps(build, way, xla):
+    start = reference.flatten(build().get_weights())
+    weights = np.linspace(0.5, 1.5, N).astype("float32")
+    runs = [
+        fitted(build(), size, way=way, xla=xla, weights=weights, momentum=0.5)
+        for size in (N, N // 4, N // 32, 150)  # which leaves a rest
+    ]
+    (one, history, _), *others = runs
+    assert np.linalg.norm(one - start) > 0.01
+    for after, other, _ in others:
+        same(after - start, one - start)
+        for key in history:
+            np.testing.assert_allclose(other[key], history[key], rtol=1e-4)
+
+
+def test_the_step_is_that_of_a_dense_D():
+    model = mlp()
+    x, y = digits()
+    after, _, optimizer = fitted(mlp(), 100, steps=1)
+    with steps.floatx("float64"):
+        twin = mlp()
+        for a, b in zip(twin.variables, model.variables, strict=True):
+            a.assign(b.numpy())
+        twin.compile("sgd", cases.CROSSENTROPY())
+        dense = reference.eager(twin, x.astype(float), y)
+    before = reference.flatten(model.get_weights())
+    epsilon = float(optimizer.chosen_epsilon)
+    same(after, before - 0.5 * dense.direction(epsilon))
+    # Twice the regularizer is in v, not in D.
+    assert np.linalg.norm(dense.v - dense.G.mean(0)) > 0.01
+    assert 0.9 <= float(optimizer.lambda_max) / dense.lambda_max <= 1.1 + 1e-5
+    np.testing.assert_allclose(epsilon * float(optimizer.lambda_max), 0.5, rtol=1e-5)
+    error = float(optimizer.step_weak_field_error)
+    assert error >= 0.999 * dense.error_on_step(epsilon)
+
+
+def test_the_largest_eigenvalue_is_found_from_step_to_step():
+    for steps_taken in (4, 8):
+        model = mlp()
+        _, _, optimizer = fitted(model, 200, steps=steps_taken)
+        # The last step's M_x was that of the weights before it.
+        model = mlp()
+        fitted(model, 200, steps=steps_taken - 1)
+        x, y = digits()
+        true = keras_rgd.diffusion_matrix(model, x, y).top_eigenvalue()
+        assert 1.0 <= float(optimizer.lambda_max) / true <= 1.1 + 1e-4
+
+
+def test_equal_gradients_make_it_gradient_descent():
+    x, y = np.ones((12, 4), "float32"), np.ones(12, "float32")
+
+    def after(optimizer):
+        keras.utils.set_random_seed(0)
+        model = keras_rgd.RGDSequential([keras.Input((4,)), L.Dense(3), L.Dense(1)])
+        model.compile(optimizer, "mse")
+        model.fit(x, y, batch_size=12, epochs=3, verbose=0)
+        return reference.flatten(model.get_weights())
+
+    same(after(keras_rgd.RGD(0.1, microbatch_size=5)), after(keras.optimizers.SGD(0.1)))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_a_scaled_loss_scales_the_direction(scale):
+    def direction(scale):
+        model = mlp(regularizer=None)
+        before = reference.flatten(model.get_weights())
+
+        def scaled(y, p):
+            return scale * keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True)
+
+        model.compile(keras_rgd.RGD(1 / scale, microbatch_size=50), scaled)
+        model.train_on_batch(*digits(200))
+        return reference.flatten(model.get_weights()) - before
+
+    same(direction(scale), direction(1.0))
+
+
+def dropout(seed=5):
+    keras.utils.set_random_seed(seed)
+    return keras_rgd.RGDSequential(
+        [keras.Input((64,)), L.Dense(12, activation="relu"), L.Dropout(0.5), L.Dense(10)]
+    )
+
+
+def test_every_pass_draws_the_masks_of_the_first():
+    rule = keras_rgd.epsilon.Fixed(1e-3)
+    whole, in_pieces = dropout(), dropout()
+    a, _, _ = fitted(whole, None, steps=3, epsilon=rule, n=100)
+    b, _, _ = fitted(in_pieces, 100, steps=3, epsilon=rule, n=100)
+    same(b, a)
+    for s, t in zip(whole.non_trainable_variables, in_pieces.non_trainable_variables, strict=True):
+        np.testing.assert_array_equal(s.numpy(), t.numpy())
+    # In pieces each draws its own, so many an epoch as there are pieces.
+    c, _, _ = fitted(dropout(), 25, steps=3, epsilon=rule, n=100)
+    assert np.all(np.isfinite(c)) and reference.relative_error(c, a) > 1e-4
+
+
+def test_several_outputs_and_their_losses_are_counted_once():
+    def build():
+        keras.utils.set_random_seed(0)
+        x = keras.Input((64,))
+        h = L.Dense(8, activation="tanh")(x)
+        return keras_rgd.RGDModel(x, {"p": L.Dense(10, name="p")(h), "q": L.Dense(1, name="q")(h)})
+
+    x, y = digits(90)
+    targets = {"p": y, "q": (y % 2).astype("float32")}
+    logs = []
+    for size in (90, 20):
+        model = build()
+        model.compile(
+            keras_rgd.RGD(0.1, microbatch_size=size),
+            loss={"p": cases.CROSSENTROPY(), "q": "mse"},
+            metrics={"p": "accuracy"},
+        )
+        fit = dict(batch_size=90, epochs=2, shuffle=False, verbose=0)
+        logs.append(model.fit(x, targets, **fit).history)
+    assert {"loss", "p_loss", "q_loss", "p_accuracy"} <= set(logs[0])
+    for key in logs[0]:
+        np.testing.assert_allclose(logs[1][key], logs[0][key], rtol=1e-4)
+
+
+def test_a_saved_model_goes_on_where_it_stopped(tmp_path):
+    through, stopped = mlp(), mlp()
+    expected, _, _ = fitted(through, 200, steps=5)
+    fitted(stopped, 200, steps=2)
+    stopped.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.microbatch_size == 200
+    x, y = digits()
+    loaded.fit(x, y, batch_size=N, epochs=3, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(reference.flatten(loaded.get_weights()), expected)
+
+
+# refusals
+
+
+def refused(model, message, loss=None):
+    x, y = digits(60)
+    model.compile(keras_rgd.RGD(0.1, microbatch_size=20), loss or cases.CROSSENTROPY())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        model.fit(x, y, batch_size=60, verbose=0)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_layer_that_mixes_examples_is_refused_by_name():
+    model = keras_rgd.RGDSequential(
+        [keras.Input((64,)), L.Dense(5), L.BatchNormalization(name="mixes"), L.Dense(10)]
+    )
+    refused(model, "Layer 'mixes' .BatchNormalization.*cannot be taken in pieces")
+    # One piece is the whole batch, whose examples may mix.
+    model.compile(keras_rgd.RGD(0.1, microbatch_size=60), cases.CROSSENTROPY())
+    x, y = digits(60)
+    assert np.isfinite(model.fit(x, y, batch_size=60, verbose=0).history["loss"][0])
+
+
+def test_a_loss_that_changes_with_the_batch_is_refused():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    refused(mlp(), "changes with the batch", loss)
+
+
+@pytest.mark.parametrize("size", [0, -5, 2.5, True, "all"])
+def test_a_size_that_is_no_count_is_refused(size):
+    with pytest.raises(ValueError, match="`microbatch_size` must be a positive integer, or None"):
+        keras_rgd.RGD(0.1, microbatch_size=size)
+
+
+def one_step(model, x, y):
+    return model.train_step((x, y))
+
+
+def test_memory_is_that_of_a_piece():
+    """By the largest array of the compiled step, which no machine's noise enters."""
+    images, labels = digits(1500)
+    batch = tf.constant(images.reshape(-1, 8, 8, 1)), tf.constant(labels)
+    largest = []
+    for size in (1500, 50):
+        model = keras_rgd.RGDSequential(
+            [keras.Input((8, 8, 1)), L.Conv2D(32, 3, activation="relu"), L.Flatten(), L.Dense(10)]
+        )
+        model.compile(keras_rgd.RGD(0.1, microbatch_size=size), cases.CROSSENTROPY())
+        model.train_on_batch(*batch)
+        step = tf.function(functools.partial(one_step, model), jit_compile=True)
+        program = step.experimental_get_compiler_ir(*batch)(stage="optimized_hlo")
+        shapes = re.findall(r"f32\[([\d,]+)\]", program)
+        largest.append(max(np.prod([int(s) for s in shape.split(",")]) for shape in shapes))
+    assert largest[1] < largest[0] / 10

@@ -1,0 +1,405 @@
+"""`spectrum`: each method against a dense D in float64, on real digits and on unlike layers."""
+
+import dataclasses
+import json
+import math
+
+import cases
+import keras
+import numpy as np
+import pytest
+import reference
+import steps
+import tensorflow as tf
+from cases import BY_NAME
+from keras import layers as L
+from sklearn.datasets import load_digits
+
+import keras_rgd
+from keras_rgd.__main__ import main
+
+METHODS = ("gram", "covariance", "iterative")
+EPS32 = float(np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """A trained network with its data, and all g_i in float64."""
+
+    model: keras.Model
+    x: np.ndarray
+    y: np.ndarray
+    G: np.ndarray
+
+    @property
+    def data(self):
+        return self.x, self.y
+
+    @property
+    def eigenvalues(self):
+        return np.maximum(np.linalg.eigvalsh(reference.Dense(self.G, None).D)[::-1], 0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    keras.utils.set_random_seed(0)
+    images, y = load_digits(return_X_y=True)
+    x = (images / 16).astype("float32")
+    hidden, normalization = L.Dense(12), L.BatchNormalization()
+    head = L.Dense(10)
+    model = keras.Sequential(
+        [keras.Input((64,)), hidden, normalization, L.ReLU(), L.Dropout(0.1), head]
+    )
+    model.compile("adam", cases.CROSSENTROPY())
+    model.fit(x, y, epochs=3, verbose=0)
+    return Digits(model, x, y, logistic_gradients(x, y, hidden, normalization, head))
+
+
+def logistic_gradients(x, y, hidden, normalization, head):
+    """G of dense - normalization - relu - dense in evaluation mode, by hand in float64."""
+    W, b = (w.astype(float) for w in hidden.get_weights())
+    gamma, beta, mean, variance = (w.astype(float) for w in normalization.get_weights())
+    V, c = (w.astype(float) for w in head.get_weights())
+    scale = 1 / np.sqrt(variance + normalization.epsilon)
+    a = (x.astype(float) @ W + b - mean) * scale
+    h = np.maximum(gamma * a + beta, 0)
+    logits = h @ V + c
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    r = p - np.eye(10)[y]
+    s = (r @ V.T) * (h > 0)
+    z = s * gamma * scale
+    outer = lambda a, b: (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)  # noqa: E731
+    return np.concatenate([outer(x.astype(float), z), z, s * a, s, outer(h, r), r], axis=1)
+
+
+def measured(digits, **options):
+    return keras_rgd.spectrum(digits.model, digits.data, verbose=False, **options)
+
+
+@pytest.mark.parametrize("batch_size", [300, 1797])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_equals_the_dense_D(method, batch_size, digits):
+    s = measured(digits, method=method, batch_size=batch_size, k=20)
+    expected = digits.eigenvalues
+    np.testing.assert_allclose(s.eigenvalues, expected[:20], rtol=1e-4)
+    np.testing.assert_allclose(s.trace, expected.sum(), rtol=1e-5)
+    assert (s.n_examples, s.n_weights) == digits.G.shape
+    assert (s.method, s.mode, s.per_example) == (method, "evaluation", "layerwise")
+    v = digits.G.mean(0)
+    np.testing.assert_allclose(s.gradient_norm, np.linalg.norm(v), rtol=1e-5)
+    n, squares = len(digits.G), np.mean(np.sum(digits.G**2, 1))
+    scale = n * (squares - v @ v) / (n * v @ v - squares)
+    np.testing.assert_allclose(s.noise_scale, scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gram", "covariance"])
+def test_what_follows_from_all_eigenvalues(method, digits):
+    s = measured(digits, method=method)
+    every, d = digits.eigenvalues, digits.G.shape[1]
+    cut = every[0] * d * EPS32
+    assert len(s.eigenvalues) == d
+    assert s.rank_rule == "reference" and not s.rank_is_lower_bound
+    assert s.rank == np.sum(every > cut)
+    assert s.rank_bound == d  # of min(N - 1, d)
+    np.testing.assert_allclose(s.rank_cut, cut, rtol=1e-5)
+    np.testing.assert_allclose(
+        [s.eigenvalue_mean, s.eigenvalue_std, s.clipped_mean, s.clipped_std],
+        [every.mean(), every.std(), np.maximum(every, cut).mean(), np.maximum(every, cut).std()],
+        rtol=1e-4,
+    )
+
+
+def test_the_rank_of_few_leading_eigenvalues_is_a_lower_bound(digits):
+    s = measured(digits, method="iterative", batch_size=1797)
+    assert len(s.eigenvalues) == 32
+    assert s.rank == 32 and s.rank_is_lower_bound
+    assert math.isnan(s.clipped_mean) and math.isnan(s.eigenvalue_std)
+    np.testing.assert_allclose(s.eigenvalue_mean, digits.eigenvalues.mean(), rtol=1e-5)
+
+
+def test_the_rank_is_known_once_an_eigenvalue_is_below_the_cut():
+    # Two gradients, each of many examples, make a D of rank 1.
+    model = keras.Sequential([keras.Input((30,)), L.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.repeat(np.random.default_rng(0).normal(size=(2, 30)), 20, axis=0).astype("float32")
+    s = keras_rgd.spectrum(model, (x, np.ones(40)), method="iterative", k=3, verbose=False)
+    assert s.rank == 1 and not s.rank_is_lower_bound
+    cut = s.lambda_max * 31 * EPS32
+    expected = np.r_[s.lambda_max, np.full(30, cut)]
+    np.testing.assert_allclose([s.clipped_mean, s.clipped_std], [expected.mean(), expected.std()])
+
+
+def test_residuals_bound_the_error(digits):
+    s = measured(digits, method="iterative", k=5, batch_size=1797)
+    assert np.all(s.residuals <= 1e-3 * s.eigenvalues)
+    off = np.abs(s.eigenvalues - digits.eigenvalues[:5])
+    assert np.all(off <= s.residuals + 1e-6 * s.lambda_max)
+
+
+def test_a_gram_matrix_in_blocks_is_the_same(digits):
+    whole = measured(digits, method="gram", examples=300, batch_size=32)
+    room = 16 * 300**2 + 4 * digits.G.shape[1] * (3 * 32 + 64)
+    blocks = measured(digits, method="gram", examples=300, batch_size=32, memory_limit=room)
+    np.testing.assert_allclose(blocks.eigenvalues[:50], whole.eigenvalues[:50], rtol=1e-5)
+    np.testing.assert_allclose(blocks.trace, whole.trace, rtol=1e-6)
+
+
+def test_the_cheaper_exact_method_that_fits_is_taken(digits):
+    assert measured(digits, examples=200).method == "gram"
+    assert measured(digits).method == "covariance"
+    assert measured(digits, k=1, batch_size=600, memory_limit=2**20).method == "iterative"
+
+
+def test_a_method_that_does_not_fit_is_refused_with_the_figures(digits):
+    message = "'gram' does not fit: for N = 1,797 examples and d = 934 .*GiB"
+    with pytest.raises(ValueError, match=message):
+        measured(digits, method="gram", memory_limit=2**20)
+
+
+def test_the_model_is_left_as_it_was(digits):
+    before = [v.numpy() for v in [*digits.model.variables, *digits.model.optimizer.variables]]
+    measured(digits, examples=50)
+    after = [v.numpy() for v in [*digits.model.variables, *digits.model.optimizer.variables]]
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# data
+
+
+def as_tf_data(x, y):
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(33)
+
+
+class AsPyDataset(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return -(-len(self.x) // 50)
+
+    def __getitem__(self, i):
+        return self.x[50 * i : 50 * (i + 1)], self.y[50 * i : 50 * (i + 1)]
+
+
+@pytest.mark.parametrize("kind", [as_tf_data, AsPyDataset])
+def test_data_sets_give_what_their_arrays_give(kind, digits):
+    x, y = digits.x[:210], digits.y[:210]
+    of_arrays = keras_rgd.spectrum(digits.model, (x, y), verbose=False)
+    of_dataset = keras_rgd.spectrum(digits.model, kind(x, y), batch_size=64, verbose=False)
+    assert of_dataset.n_examples == 210
+    np.testing.assert_allclose(of_dataset.eigenvalues[:50], of_arrays.eigenvalues[:50], rtol=1e-4)
+    first = keras_rgd.spectrum(
+        digits.model, kind(*digits.data), examples=210, batch_size=64, verbose=False
+    )
+    np.testing.assert_array_equal(first.eigenvalues, of_dataset.eigenvalues)
+
+
+def test_examples_of_arrays_are_drawn_by_the_seed(digits):
+    one, again, other = (measured(digits, examples=100, seed=seed).trace for seed in (1, 1, 2))
+    assert one == again != other
+    chosen = np.sort(np.random.default_rng(1).choice(1797, 100, replace=False))
+    np.testing.assert_allclose(one, np.trace(reference.Dense(digits.G[chosen], None).D), rtol=1e-5)
+
+
+def test_a_data_set_that_shuffles_is_refused(digits):
+    data = tf.data.Dataset.from_tensor_slices(digits.data).shuffle(2000, seed=0).batch(64)
+    with pytest.raises(ValueError, match="other examples than before.*reshuffle_each_iteration"):
+        keras_rgd.spectrum(digits.model, data, verbose=False)
+
+
+def test_a_data_set_without_end_needs_examples(digits):
+    data = as_tf_data(*digits.data).repeat()
+    with pytest.raises(ValueError, match="repeats without end.*`examples`"):
+        keras_rgd.spectrum(digits.model, data, verbose=False)
+    assert keras_rgd.spectrum(digits.model, data, examples=70, verbose=False).n_examples == 70
+
+
+# layers
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["conv2d", "batch_normalization", "dropout", "lstm", "dictionaries", "weights_over_time"]
+    + ["regularizers", "shared_layer"],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_layer_and_loss(name, method):
+    case = BY_NAME[name]
+    model, twin = steps.build(case), steps.build(case, "float64")
+    case.compile(model, "sgd")
+    with steps.floatx("float64"):
+        case.compile(twin, "sgd")
+        batch = steps.cast(case.batch(), "float64")
+        dense = reference.eager(twin, *batch, case.loss_shape, training=False)
+    s = keras_rgd.spectrum(model, case.batch(), method=method, batch_size=4, k=3, verbose=False)
+    expected = np.maximum(dense.eigenvalues, 0)
+    np.testing.assert_allclose(s.eigenvalues, expected[:3], rtol=1e-4, atol=1e-6 * expected[0])
+    np.testing.assert_allclose(s.trace, expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(s.gradient_norm, np.linalg.norm(dense.v), rtol=1e-5)
+
+
+def test_training_mode_is_that_of_the_batch():
+    case = BY_NAME["batch_normalization"]
+    model, twin = steps.build(case), steps.build(case, "float64")
+    case.compile(model, "sgd")
+    with steps.floatx("float64"):
+        case.compile(twin, "sgd")
+        dense = reference.eager(twin, *steps.cast(case.batch(), "float64"), case.loss_shape)
+    s = keras_rgd.spectrum(model, case.batch(), training=True, verbose=False)
+    assert (s.mode, s.per_example) == ("training", "double_backward")
+    np.testing.assert_allclose(s.eigenvalues[:4], dense.eigenvalues[:4], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_gradients_have_no_spectrum(method):
+    model = keras.Sequential([keras.Input((9,)), L.Dense(2)])
+    model.compile("sgd", "mse")
+    x, y = np.ones((20, 9), "float32"), np.ones((20, 2), "float32")
+    s = keras_rgd.spectrum(model, (x, y), method=method, k=2, batch_size=6, verbose=False)
+    assert s.lambda_max <= 1e-9 * s.gradient_norm**2
+    assert s.trace <= 1e-6 * s.gradient_norm**2
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scaled_loss_scales_the_spectrum_by_its_square(method, scale, digits):
+    def scaled(y, p):
+        return scale * keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True)
+
+    model = keras.Sequential(digits.model.layers)
+    model.compile("sgd", scaled)
+    s = keras_rgd.spectrum(
+        model, digits.data, method=method, k=5, examples=200, batch_size=200, verbose=False
+    )
+    own = measured(digits, method=method, k=5, examples=200, batch_size=200)
+    np.testing.assert_allclose(s.eigenvalues, scale**2 * own.eigenvalues, rtol=1e-4)
+    np.testing.assert_allclose(s.trace, scale**2 * own.trace, rtol=1e-5)
+
+
+# refusals
+
+
+def test_a_loss_that_changes_with_the_batch_is_refused(digits):
+    model = keras.Sequential(digits.model.layers)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    model.compile("sgd", loss)
+    with pytest.raises(ValueError, match="changes with the batch.*'sum_over_batch_size'"):
+        keras_rgd.spectrum(model, digits.data, verbose=False)
+
+
+def test_gradients_that_are_not_finite_are_refused(digits):
+    x = digits.x.copy()
+    x[100] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        keras_rgd.spectrum(digits.model, (x, digits.y), verbose=False)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"k": 0}, "`k` must be a positive integer or None"),
+        ({"k": 2000}, r"at most min\(N, d\) = 934 eigenvalues.*Received: k=2000"),
+        ({"batch_size": 2.5}, "`batch_size` must be a positive integer. Received: batch_size=2.5"),
+        ({"examples": -1}, "`examples` must be"),
+        ({"memory_limit": 0}, "`memory_limit` must be"),
+        ({"method": "lanczos"}, "`method` must be one of 'auto', 'gram'"),
+        ({"per_example": "hooks"}, "`per_example` must be one of"),
+        ({"method": "iterative", "k": 934}, "Write method='covariance'"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message, digits):
+    with pytest.raises(ValueError, match=message):
+        measured(digits, **options)
+
+
+def test_data_that_is_no_data_is_refused(digits):
+    with pytest.raises(ValueError, match="must be a tuple.*Received: int"):
+        keras_rgd.spectrum(digits.model, 3)
+    with pytest.raises(ValueError, match="same positive length.*x \\[5\\], y \\[4\\]"):
+        keras_rgd.spectrum(digits.model, (digits.x[:5], digits.y[:4]))
+    with pytest.raises(ValueError, match="not compiled"):
+        keras_rgd.spectrum(keras.Sequential([keras.Input((2,)), L.Dense(1)]), digits.data)
+
+
+# the record
+
+
+def test_a_spectrum_survives_its_file(digits, tmp_path):
+    for s in (
+        measured(digits, examples=30),
+        measured(digits, method="iterative", k=1, examples=100),
+    ):
+        s.save(tmp_path / "spectrum.json")
+        read = keras_rgd.Spectrum.load(tmp_path / "spectrum.json")
+        for field in dataclasses.fields(s):
+            a, b = getattr(s, field.name), getattr(read, field.name)
+            np.testing.assert_array_equal(a, b)
+            assert type(a) is type(b)
+
+
+def test_a_spectrum_cannot_be_changed(digits):
+    s = measured(digits, examples=30)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        s.trace = 0.0
+    with pytest.raises(ValueError, match="read-only"):
+        s.eigenvalues[0] = 0.0
+
+
+def test_a_file_of_records_is_no_spectrum(tmp_path):
+    keras_rgd.save_records([], tmp_path / "records.json")
+    with pytest.raises(ValueError, match="written by Spectrum.save. Received: .*records.json"):
+        keras_rgd.Spectrum.load(tmp_path / "records.json")
+
+
+def test_progress_is_shown_with_the_time_that_remains(digits, capsys):
+    keras_rgd.spectrum(digits.model, digits.data, examples=30)
+    shown = capsys.readouterr().out
+    assert "Gram matrix, examples 0 to 30 of 30" in shown and "remaining" in shown
+    measured(digits, examples=30)
+    assert capsys.readouterr().out == ""
+
+
+# the command
+
+
+@pytest.fixture
+def saved(digits, tmp_path, monkeypatch):
+    """A saved model for 8x8 images, and the digits where the command finds them."""
+    model = keras.Sequential([keras.Input((8, 8, 1)), L.Flatten(), L.Dense(10)])
+    model.compile("sgd", cases.CROSSENTROPY())
+    model.save(tmp_path / "model.keras")
+    images = digits.x.reshape(-1, 8, 8, 1) * 16
+    monkeypatch.setattr(
+        "keras_rgd.__main__.load_dataset",
+        lambda name, split, scale, **_: (images[:200] / scale, digits.y[:200]),
+    )
+    monkeypatch.chdir(tmp_path)
+    return model, (images[:200] / 16, digits.y[:200])
+
+
+def test_the_command_prints_the_record_and_writes_json_and_a_picture(saved, tmp_path, capsys):
+    main(["spectrum", "model.keras", "--dataset", "digits", "--scale", "16", "--quiet"])
+    shown = capsys.readouterr().out
+    s = keras_rgd.Spectrum.load(tmp_path / "model_spectrum.json")
+    expected = keras_rgd.spectrum(*saved, verbose=False)
+    np.testing.assert_array_equal(s.eigenvalues, expected.eigenvalues)
+    assert f"rank                 {s.rank}\n" in shown and "n_examples           200" in shown
+    assert (tmp_path / "model_spectrum.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / "model_spectrum.json").read_text())["keras_rgd_spectrum"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.keras", "--dataset", "digits"], "There is no file missing.keras"),
+        (["model.keras", "--dataset", "digits", "--k", "0"], "`k` must be a positive integer"),
+        (["model.keras", "--dataset", "digits", "--out", "no/where"], "There is no folder no"),
+    ],
+)
+def test_the_command_says_what_is_wrong(saved, arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main(["spectrum", *arguments])
+    assert {p.name for p in tmp_path.iterdir()} == {"model.keras"}
