@@ -102,13 +102,16 @@ def load(network, download):
     except DatasetError as error:
         raise SystemExit(str(error)) from error
     if network == "small-fc":
-        # Averages of 4x4 blocks.
-        shrunk = lambda x: x.reshape(-1, 7, 4, 7, 4, 1).mean((2, 4))  # noqa: E731
         return (shrunk(train[0]), train[1]), (shrunk(test[0]), test[1])
     if network == "small-allcnn":
         whiten = zca(contrast_normalised(train[0]))
         return (whiten(train[0]), train[1]), (whiten(test[0]), test[1])
     return train, test
+
+
+def shrunk(x):
+    """Images of 7x7 pixels, the averages of 4x4 blocks."""
+    return x.reshape(-1, 7, 4, 7, 4, 1).mean((2, 4))
 
 
 def contrast_normalised(x):

@@ -125,7 +125,7 @@ def steps(args, model, x, y):
     times = []
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
-        loss = model.train_on_batch(x, y)
+        loss = model.train_on_batch(x, y, return_dict=True)["loss"]
         times.append(time.perf_counter() - start)
     if not np.all(np.isfinite([loss, *(np.sum(w) for w in model.get_weights())])):
         raise SystemExit(f"{model.name}: a step was not finite.")

@@ -9,6 +9,7 @@ import urllib.request
 import numpy as np
 
 _MAX_PIXEL = np.iinfo(np.uint8).max
+_READ_TOGETHER = 1024
 
 
 class DatasetError(ValueError):
@@ -71,13 +72,14 @@ def read_split(builder, split, scale):
     import tensorflow_datasets as tfds
 
     try:
-        dataset = builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
+        dataset = builder.as_dataset(split=split, as_supervised=True)
     except ValueError as error:
         raise DatasetError(
             f"The data set {builder.info.full_name!r} has no split {split!r}. "
             f"It has the splits {', '.join(builder.info.splits)}."
         ) from error
-    images, labels = tfds.as_numpy(dataset)
+    batches = list(tfds.as_numpy(dataset.batch(_READ_TOGETHER)))
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return images.astype(np.float32) / scale, labels
 
 

@@ -1,5 +1,6 @@
 """The examples and notebooks run as a newcomer runs them, offline."""
 
+import math
 import os
 import pathlib
 import re
@@ -9,7 +10,12 @@ import sys
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from keras_rgd import datasets
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,6 +42,101 @@ def test_quickstart_says_at_once_that_a_data_set_is_missing(tmp_path):
     result = run(ROOT / "examples" / "quickstart.py", "--dataset", "kmnist", cwd=tmp_path)
     assert result.returncode != 0
     assert "kmnist" in result.stderr and "--download" in result.stderr
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The folder of the examples, to import from."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+
+
+def weights(model):
+    return sum(math.prod(w.shape) for w in model.trainable_weights)
+
+
+def test_the_networks_of_table_1_have_their_weights(examples):
+    import architectures
+
+    assert weights(architectures.resnet110()) == 1_727_962
+    assert weights(architectures.wide_resnet_16_8()) == 10_961_370
+    assert weights(architectures.densenet(depth=40, growth=12)) == 1_019_722
+    assert weights(architectures.densenet(depth=100, growth=24)) == 27_249_082
+    small = architectures.densenet(depth=7, growth=3, input_shape=(16, 16, 1), classes=4)
+    assert (small.input_shape, small.output_shape) == ((None, 16, 16, 1), (None, 4))
+    with pytest.raises(ValueError, match="3 n . 4.*depth=12"):
+        architectures.densenet(depth=12, growth=3)
+
+
+def test_a_resnet_may_be_saved(examples, tmp_path):
+    import architectures
+
+    x = architectures.ChannelPadding(2)(tf.ones([1, 2, 2, 3]))
+    np.testing.assert_array_equal(x[0, 0, 0], [0, 0, 1, 1, 1, 0, 0])
+    layer = architectures.ChannelPadding(2)
+    assert architectures.ChannelPadding.from_config(layer.get_config()).count == 2
+
+
+def test_the_networks_of_chaudhari_and_soatto_have_their_weights(examples):
+    import chaudhari_soatto
+
+    counts = {name: weights(build()) for name, build in chaudhari_soatto.NETWORKS.items()}
+    assert counts == {"small-lenet": 13_338, "small-fc": 3_978, "small-allcnn": 26_982}
+
+
+def test_zca_makes_pixels_uncorrelated(examples):
+    import chaudhari_soatto
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 12)) @ rng.normal(size=(12, 12))
+    x = x.reshape(500, 2, 2, 3).astype("float32")
+    flat = chaudhari_soatto.zca(chaudhari_soatto.contrast_normalised(x), 1e-6)(x).reshape(500, -1)
+    covariance = np.cov(flat, rowvar=False)
+    # Contrast normalisation leaves one direction without variance.
+    values = np.sort(np.linalg.eigvalsh(covariance))
+    np.testing.assert_allclose(values[1:], 1, rtol=1e-2)
+    assert values[0] < 0.1
+
+
+def test_table_1_runs_on_svhn_by_its_name(examples, monkeypatch, capsys):
+    import architectures
+    import table1
+
+    networks = {"small": lambda: architectures.densenet(depth=7, growth=3)}
+    monkeypatch.setattr(table1, "NETWORKS", networks)
+    monkeypatch.setattr(
+        table1, "in_a_process", lambda args, name, part: table1.PARTS[part](args, name)
+    )
+    # It is not on this machine; what follows is the example's own code on TFDS's mocks.
+    monkeypatch.setattr(datasets, "_require_on_disk", lambda *_: None)
+    # The mocks have no sizes.
+    monkeypatch.setattr(
+        table1,
+        "dataset_size",
+        lambda name, splits, **_: sum(len(datasets.load_dataset(name, s)[0]) for s in splits),
+    )
+    command = "table1.py --dataset svhn_cropped --batch-size 6 --repeats 1 --examples 12"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with tfds.testing.mock_data(num_examples=12):
+        table1.main()
+    shown = capsys.readouterr().out
+    d = weights(networks["small"]())
+    assert f"| small | {d:,} | {599_999 / d:.3%} | {23 / d:.3%} |" in shown
+    step, spectrum = (line for line in shown.splitlines()[5:] if line.startswith("| small"))
+    assert "double_backward" in step and " of 11 |" in spectrum
+
+
+def test_three_trajectories_are_compared(tmp_path):
+    arguments = "--steps 2 --every 1 --seeds 2 --examples 100 --microbatch-size 700".split()
+    result = run(ROOT / "examples" / "gd_sgd_rgd.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "| SGD - RGD |" in result.stdout
+    out = tmp_path / "gd_sgd_rgd_out"
+    assert (out / "digits.png").stat().st_size > 10_000
+    series = np.load(out / "digits.npz")
+    assert series["RGD loss"].shape == (2, 3)
+    assert np.all(series["RGD-GD distance"][:, 0] == 0)
+    assert np.all(series["RGD-GD distance"][:, 1:] > 0)
+    assert np.all(np.diff(series["GD loss"]) < 0)
 
 
 @pytest.mark.filterwarnings("ignore")
