@@ -23,27 +23,6 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 import architectures  # noqa: E402
 import chaudhari_soatto  # noqa: E402
 
-# network, data set, arguments of `spectrum`
-CASES = {
-    "small-fc": (chaudhari_soatto.small_fc, "mnist 7x7", {}),
-    "small-lenet": (chaudhari_soatto.small_lenet, "mnist", {}),
-    "small-lenet, top 32": (
-        chaudhari_soatto.small_lenet,
-        "mnist",
-        {"method": "iterative", "batch_size": 1000},
-    ),
-    "MLP 784-256-256-10, top 5": (
-        lambda: mlp(),
-        "mnist",
-        {"method": "iterative", "k": 5, "batch_size": 1000},
-    ),
-    "resnet-110, 2,000 images": (
-        architectures.resnet110,
-        "cifar10",
-        {"examples": 2000, "k": 20, "method": "gram", "batch_size": 64},
-    ),
-}
-
 
 def mlp():
     layers = keras.layers
@@ -58,6 +37,28 @@ def mlp():
     )
 
 
+# network, data set, arguments of `spectrum`
+CASES = {
+    "small-fc": (chaudhari_soatto.small_fc, "mnist 7x7", {}),
+    "small-lenet": (chaudhari_soatto.small_lenet, "mnist", {}),
+    "small-lenet, top 32": (
+        chaudhari_soatto.small_lenet,
+        "mnist",
+        {"method": "iterative", "batch_size": 1000},
+    ),
+    "MLP 784-256-256-10, top 5": (
+        mlp,
+        "mnist",
+        {"method": "iterative", "k": 5, "batch_size": 1000},
+    ),
+    "resnet-110, 2,000 images": (
+        architectures.resnet110,
+        "cifar10",
+        {"examples": 2000, "k": 20, "method": "gram", "batch_size": 64},
+    ),
+}
+
+
 def measure(name):
     """The record's figures, the process's peak memory, and seconds of an epoch of SGD."""
     build, dataset, options = CASES[name]
@@ -68,7 +69,7 @@ def measure(name):
     model = build()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
-    # Gradients of random weights in evaluation mode may overflow; and an epoch is the yardstick.
+    # The first epoch compiles, and sets the moving statistics that evaluation mode uses.
     examples = options.get("examples", len(x))
     train = dict(batch_size=128, verbose=0, shuffle=False)
     model.fit(x[:examples], y[:examples], epochs=1, **train)

@@ -1,9 +1,8 @@
 """The four networks of the paper's Table 1, as their authors describe them for 32x32 images.
 
-Convolutions have no bias, BatchNormalization has scale and shift (and forgets a tenth of its
-moving statistics each step, as in the authors' Torch), and the last layer, which gives logits, has
-a bias. Trainable weights for 10 classes: 1,727,962, 10,961,370, 1,019,722 and
-27,249,082.
+Convolutions have no bias, BatchNormalization has scale and shift (its momentum and epsilon are
+those of the authors' Torch), and the last layer, which gives logits, has a bias. For 10 classes
+they have 1,727,962, 10,961,370, 1,019,722 and 27,249,082 trainable weights.
 """
 
 import keras
@@ -93,18 +92,22 @@ class ChannelPadding(layers.Layer):
 
 
 def convolution(x, filters, size=3, stride=1):
+    padding = "same"
+    if stride > 1 and size > 1:
+        # "same" would pad the end alone, and look at other pixels than the shortcut takes.
+        x, padding = layers.ZeroPadding2D(size // 2)(x), "valid"
     return layers.Conv2D(
         filters,
         size,
         stride,
-        padding="same",
+        padding=padding,
         use_bias=False,
         kernel_initializer="he_normal",
     )(x)
 
 
 def normalized(x):
-    return layers.BatchNormalization(momentum=0.9)(x)
+    return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
 
 def activated(x):

@@ -128,10 +128,12 @@ def top_directions(model, train, examples, seed):
 
 
 def gradient(model, train):
+    """Of the training loss, (d,)."""
     x, y = train
-    return np.concatenate(
-        [np.ravel(t) for t in keras_rgd.diffusion_matrix(model, x, y).gradients.gradient]
-    )
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x))
+    weights = [w.value for w in model.trainable_variables]
+    return np.concatenate([np.ravel(t) for t in tape.gradient(loss, weights)])
 
 
 def fraction_in(top, vector):
@@ -224,7 +226,10 @@ def parse_arguments():
         "--examples", type=digits.positive_int, default=1000, help="that D's directions are from"
     )
     parser.add_argument("--out", type=Path, default=Path("gd_sgd_rgd_out"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.examples <= TOP:
+        parser.error(f"--examples must be over {TOP}, as D has fewer eigenvectors than examples.")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import pathlib
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import keras_rgd
 from keras_rgd import per_example, whole_dataset
-from keras_rgd.datasets import DatasetError, load_dataset
+from keras_rgd.datasets import load_dataset
 
 
 def main(arguments=None):
@@ -73,7 +74,7 @@ def _spectrum(args):
             memory_limit=int(args.memory_limit * 2**30),
             verbose=not args.quiet,
         )
-    except (DatasetError, ValueError) as error:
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
         raise SystemExit(str(error)) from error
     json_file, picture = (out.with_name(out.name + suffix) for suffix in (".json", ".png"))
     spectrum.save(json_file)

@@ -67,15 +67,32 @@ def mapped(function, batch):
 
 
 def joined(*batches):
-    """Batches as one, along axis 0."""
-    return keras.tree.map_structure(
-        lambda *a: None if a[0] is None else np.concatenate(a), *batches
-    )
+    """Batches as one, along axis 0.
+
+    Raises:
+        ValueError: their examples have unlike shapes.
+    """
+    try:
+        return keras.tree.map_structure(
+            lambda *a: None if a[0] is None else np.concatenate(a), *batches
+        )
+    except ValueError as error:
+        raise ValueError(
+            "The batches of `data` have examples of unlike shapes, as padded_batch makes them. "
+            f"Expected one shape, such as sequences padded to one length. Received: {error}"
+        ) from error
 
 
 def length(batch):
     """How many examples a batch has."""
     return len(next(a for a in keras.tree.flatten(batch) if a is not None))
+
+
+_OTHER = (
+    "`data` gave other examples than before in its batch {}, and D needs several passes. Expected "
+    "the same examples in the same order each time: no shuffling (or shuffle(..., "
+    "reshuffle_each_iteration=False)), no random augmentation, and no iterator that ends for good."
+)
 
 
 class Batches:
@@ -90,22 +107,22 @@ class Batches:
 
     Attributes:
         count: N, how many examples there are.
+        batch_size: as given.
 
     Raises:
         ValueError: `data` is not what is described here, has no end, or differs between passes.
     """
 
     def __init__(self, data, *, examples, batch_size, seed):
-        self._data, self._examples, self._batch_size = data, examples, batch_size
+        self._data, self._examples, self.batch_size = data, examples, batch_size
         self._checksums = None
         if isinstance(data, tuple | list):
             (arrays,) = read(data)
-            # What is on disk stays there.
-            arrays = mapped(lambda a: a if hasattr(a, "dtype") else np.asarray(a), arrays)
+            arrays = mapped(_array, arrays)
             if examples is not None and examples < length(arrays):
                 rng = np.random.default_rng(seed)
                 chosen = np.sort(rng.choice(length(arrays), examples, replace=False))
-                arrays = mapped(lambda a: (a.numpy() if tf.is_tensor(a) else a)[chosen], arrays)
+                arrays = mapped(lambda a: a[chosen], arrays)
             self._read = lambda: [arrays]
         else:
             if examples is None and _is_endless(data):
@@ -118,13 +135,17 @@ class Batches:
         if not self.count:
             raise ValueError("`data` has no examples.")
 
-    def steps(self, start=0):
-        """How many batches `after(start)` has."""
-        return -(-(self.count - start) // self._batch_size)
+    def first(self, n):
+        """The first n examples, or all if there are fewer: (x, y, sample_weight)."""
+        return next(self.after(batch_size=n))
 
-    def after(self, start=0):
+    def steps(self, start=0, batch_size=None):
+        """How many batches `after(start, batch_size)` has."""
+        return -(-(self.count - start) // (batch_size or self.batch_size))
+
+    def after(self, start=0, batch_size=None):
         """One pass from example `start` on, each batch (x, y, sample_weight)."""
-        size, held, skip = self._batch_size, None, start
+        size, held, skip = batch_size or self.batch_size, None, start
         for batch in self._read():
             n = length(batch)
             if skip < n:
@@ -143,23 +164,29 @@ class Batches:
         """The data set's own batches, which must be the same in each pass."""
         left, checksums = self._examples, []
         for batch in read(self._data):
-            batch = mapped(np.asarray, batch)
+            batch = mapped(_array, batch)
             if left is not None:
                 batch = mapped(lambda a, left=left: a[:left], batch)
                 left -= length(batch)
             checksums.append(_checksum(batch))
             at = len(checksums)
             if self._checksums is not None and checksums[-1:] != self._checksums[at - 1 : at]:
-                raise ValueError(
-                    f"`data` gave other examples than before in its batch {at - 1}, and D needs "
-                    "several passes. Expected the same examples in the same order each time: no "
-                    "shuffling (or shuffle(..., reshuffle_each_iteration=False)) and no random "
-                    "augmentation."
-                )
+                raise ValueError(_OTHER.format(at - 1))
             yield batch
             if left == 0:
                 break
+        if self._checksums is not None and len(checksums) != len(self._checksums):
+            raise ValueError(_OTHER.format(len(checksums)))
         self._checksums = checksums
+
+
+def _array(value):
+    """As numpy holds it, if it is not on disk; strings as bytes of one length."""
+    if isinstance(value, np.ndarray) or type(value).__module__.startswith("h5py"):
+        return value
+    array = np.asarray(value)
+    is_text = tf.is_tensor(value) and value.dtype == tf.string
+    return array.astype("S") if is_text else array
 
 
 def _is_endless(data):

@@ -199,6 +199,43 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
     return tf.while_loop(go_on, one_step, start)[-1]
 
 
+def ritz_step(x, q, p):
+    """The vector of the largest Ritz value among three, as LOBPCG steps (Knyazev 2001) with one.
+
+    Args:
+        x: the best vector so far and D times it, each a list of tensors; of norm 1, or 0.
+        q: likewise a new direction, orthogonal to x.
+        p: likewise the last move, of any length.
+
+    Returns:
+        The best vector, D times it, the move to it, and D times that.
+    """
+    p = _orthonormal(p, x, q)
+    pairs = (x, q, p)
+    a = tf.stack([tf.stack([vectors.inner(s, dt) for _, dt in pairs]) for s, _ in pairs])
+    finite = tf.reduce_all(tf.math.is_finite(a))
+    # eigh raises on what half precision overflowed; such a step is skipped later.
+    _, ritz = tf.linalg.eigh(tf.where(finite, (a + tf.transpose(a)) / 2, tf.zeros_like(a)))
+    c = tf.unstack(ritz[:, -1], 3)
+    moved = [vectors.add(vectors.scale(q[i], c[1]), p[i], c[2]) for i in range(2)]
+    best = [vectors.add(moved[i], x[i], c[0]) for i in range(2)]
+    return best[0], best[1], moved[0], moved[1]
+
+
+def _orthonormal(p, *others):
+    """P and D p less their parts along the others, and scaled to |p| = 1; 0 if nothing is left."""
+    length = vectors.norm(p[0])
+    p = [[tf.math.divide_no_nan(t, length) for t in s] for s in p]
+    for _ in range(2):  # twice is enough
+        for other in others:
+            along = vectors.inner(p[0], other[0])
+            p = [vectors.add(p[i], other[i], -along) for i in range(2)]
+    length = vectors.norm(p[0])
+    # What rounding alone left is no direction.
+    length = tf.where(length > 1e-3, length, tf.zeros_like(length))
+    return [[tf.math.divide_no_nan(t, length) for t in s] for s in p]
+
+
 def _tridiagonal(diagonal, off_diagonal):
     t = tf.linalg.diag(tf.stack(diagonal))
     off = tf.linalg.diag(tf.stack(off_diagonal), k=1)

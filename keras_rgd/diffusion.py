@@ -19,7 +19,7 @@ from keras_rgd import bounds, vectors
 ESTIMATE_MARGIN = 1.5
 
 # The same where the estimate goes on from step to step, over all examples.
-ITERATED_MARGIN = 1.1
+ITERATED_MARGIN = 1.2
 
 # The estimate of the last batch stands while this batch's is within this factor of it.
 _AGREEMENT = 2.0
@@ -28,8 +28,8 @@ _AGREEMENT = 2.0
 _MAX_STEPS = 8
 _GROWTH = 0.05
 
-# The same where each step is a pass over a whole data set, from the last pass's vector.
-_GROWTH_IN_PASSES = 0.02
+# Where products are passes over a whole data set, the estimate stands with so small a residual.
+_SETTLED = 0.1
 
 # Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
 LARGEST_RELATIVE_CUT = 0.05
@@ -153,17 +153,16 @@ class DiffusionMatrix:
         )
         return tf.where(agree, tf.maximum(own, last), top)
 
-    def iterate(self, v, start, last_estimate):
+    def iterate(self, v, start):
         """D v and the largest eigenvalue, by products that are one pass over the examples each.
 
-        A power iteration that begins where the last step's ended: while D changes little from
-        step to step one pass is enough, which also gives D v.
+        The iteration begins where the last step's ended: while D changes little one pass is
+        enough, which also gives D v. Where more are needed each takes the best vector of three
+        (`bounds.ritz_step`), until its residual is a tenth of its eigenvalue.
 
         Args:
             v: a list of tensors shaped as the weights.
             start: likewise, of norm 1, or 0 for none.
-            last_estimate: the last step's largest eigenvalue, from below; 0 if there is none; a
-                scalar.
 
         Returns:
             D v, an `Image`; the largest eigenvalue in the unit `image.unit`**2, from below; and
@@ -171,53 +170,59 @@ class DiffusionMatrix:
         """
         norm = vectors.norm(v)
         unit = tf.where(norm > 0, norm, tf.ones_like(norm))
-        last = tf.cast(last_estimate, norm.dtype) / unit / unit
         v = vectors.scale(v, 1 / unit)
+        given = vectors.norm(start) > 0
+        first = [tf.where(given, a, b) for a, b in zip(start, v, strict=True)]
+        zeros = [tf.zeros_like(t) for t in v]
 
-        def go_on(step, before, now, *_):
-            settled = tf.abs(now - before) <= _GROWTH_IN_PASSES * tf.maximum(now, before)
-            return tf.logical_or(step == 0, tf.logical_and(step < _MAX_STEPS, ~settled))
+        def go_on(step, _, residual, largest, *_state):
+            unsettled = residual > _SETTLED * largest
+            return tf.logical_or(step == 0, tf.logical_and(step < _MAX_STEPS, unsettled))
 
-        def one_pass(step, _, before, top, *_last):
-            along_v, along_top = self._images_in_one_pass(v, top, unit=unit)
-            higher = along_top.alpha >= along_v.alpha
-            alpha = tf.maximum(along_top.alpha, along_v.alpha) / unit
-            pairs = zip(along_top.direction, along_v.direction, strict=True)
-            top = [tf.where(higher, a, b) for a, b in pairs]
-            image = (along_v.size, along_v.alpha, along_v.direction)
-            return step + 1, before, tf.square(alpha), top, *image
+        def one_pass(step, q, *_values_and_state):
+            *_, x, dx, p, dp = _values_and_state
+            image, dq = self._images_in_one_pass(v, q, unit)
+            x, dx, p, dp = bounds.ritz_step((x, dx), (q, dq), (p, dp))
+            value = vectors.inner(x, dx)
+            rest = vectors.add(dx, x, -value)
+            residual = vectors.norm(rest)
+            q = [tf.math.divide_no_nan(t, residual) for t in rest]
+            largest = tf.math.divide_no_nan(vectors.inner(dx, dx), value)
+            seen = (image.size, image.alpha, image.direction)
+            return step + 1, q, residual, largest, *seen, x, dx, p, dp
 
-        begin = (0, last, last, list(start), norm, norm, v)
-        _, _, now, top, size, alpha, direction = tf.while_loop(go_on, one_pass, begin)
+        begin = (0, first, norm, norm, norm, norm, v, zeros, zeros, zeros, zeros)
+        end = tf.while_loop(go_on, one_pass, begin)
+        _, _, _, largest, size, alpha, direction, top, *_ = end
         image = Image(norm=norm, size=size, alpha=alpha, direction=direction)
-        return image, now * tf.square(unit / image.unit), top
+        own = tf.square(alpha / image.unit)
+        return image, tf.maximum(largest * tf.square(unit / image.unit), own), top
 
-    def _images_in_one_pass(self, *vs, unit):
-        """D v as an `Image` for each v of norm 1 or 0."""
+    def _images_in_one_pass(self, v, q, unit):
+        """D v as an `Image`, and D q in the unit `unit`**2, for v and q of norm 1 or 0."""
         n = tf.cast(self.n_examples, unit.dtype)
         mean = self.gradients.mean()
-        stacked = [tf.stack(parts) / unit for parts in zip(*vs, strict=True)]
-        shift = tf.stack([vectors.inner(mean, v) for v in vs]) / unit
+        stacked = [tf.stack(pair) / unit for pair in zip(v, q, strict=True)]
+        shift = tf.stack([vectors.inner(mean, v), vectors.inner(mean, q)]) / unit
         factors, pulled = self.gradients.images(stacked, shift)
-        images = []
-        for j, (k, along) in enumerate(
-            zip(tf.unstack(factors, len(vs)), tf.unstack(shift), strict=True)
-        ):
+        products, sizes = [], []
+        for j in range(2):
             # What the shift left of the mean by rounding.
-            left = tf.reduce_mean(k)
-            centred, _ = _above_noise(k - left, tf.abs(along) + tf.reduce_max(tf.abs(k)))
+            left = tf.reduce_mean(factors[j])
+            largest = tf.abs(shift[j]) + tf.reduce_max(tf.abs(factors[j]))
+            centred, _ = _above_noise(factors[j] - left, largest)
             size = vectors.norm([centred]) / tf.sqrt(n)
             product = vectors.add([t[j] / n for t in pulled], mean, -left)
-            norm = vectors.norm(product)
-            images.append(
-                Image(
-                    norm=tf.ones_like(norm),
-                    size=size * unit,
-                    alpha=tf.math.divide_no_nan(norm, size),
-                    direction=[tf.math.divide_no_nan(t, norm) for t in product],
-                )
-            )
-        return images
+            products.append([tf.where(size > 0, t / unit, tf.zeros_like(t)) for t in product])
+            sizes.append(size)
+        length = vectors.norm(products[0])
+        image = Image(
+            norm=tf.ones_like(length),
+            size=sizes[0] * unit,
+            alpha=tf.math.divide_no_nan(length, sizes[0]) * unit,
+            direction=[tf.math.divide_no_nan(t, length) for t in products[0]],
+        )
+        return image, products[1]
 
     def _dot(self, v):
         """H G v / sqrt(N), and how long the rounding in it may be."""

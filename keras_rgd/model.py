@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import math
 import os
 
 import keras
@@ -143,11 +142,10 @@ class RGDMixin:
             data = keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             x, y, sample_weight = keras.tree.map_structure(_tensor, (x, y, sample_weight))
-            in_pieces = per_example.batch_size(x) > (rgd.microbatch_size or math.inf)
-            if in_pieces:
-                x, y, sample_weight = per_example.first_examples(
-                    (x, y, sample_weight), rgd.microbatch_size
-                )
+            if rgd.microbatch_size is not None:
+                # One example alone cannot show that examples mix.
+                few = max(rgd.microbatch_size, 2)
+                x, y, sample_weight = per_example.first_examples((x, y, sample_weight), few)
             if state.way is None or rgd.per_example in _CHECKED:
                 rgd.per_example_choice = choice = per_example.choose_way(
                     self,
@@ -159,9 +157,9 @@ class RGDMixin:
                     dynamic=dynamic,
                     compiled=compiled,
                 )
-            if in_pieces:
-                mixing_is_excluded = choice.way == "layerwise"
-                per_example.check_apart(self, x, y, sample_weight, not mixing_is_excluded)
+            if rgd.microbatch_size is not None:
+                apart = choice.way == "layerwise"
+                per_example.check_pieces(self, x, y, sample_weight, layers_are_apart=apart)
             # One example alone cannot show that examples mix.
             state.checked = rgd.per_example not in _CHECKED or per_example.batch_size(x) > 1
             if state.checked:
@@ -180,25 +178,16 @@ class RGDMixin:
 
     def save_assets(self, path):
         """Write where the random numbers of the layers stand, which Keras does not."""
-        states = {str(i): seed.state.numpy() for i, seed in enumerate(_seed_generators(self))}
+        states = {
+            str(i): seed.state.numpy() for i, seed in enumerate(per_example.seed_generators(self))
+        }
         np.savez(os.path.join(path, _SEEDS), **states)
 
     def load_assets(self, path):
         """Go on with the random numbers where `save_assets` found them."""
         states = np.load(os.path.join(path, _SEEDS))
-        for i, seed in enumerate(_seed_generators(self)):
+        for i, seed in enumerate(per_example.seed_generators(self)):
             seed.state.assign(states[str(i)])
-
-
-def _seed_generators(model):
-    generators = [
-        value
-        for layer in model._flatten_layers()
-        for value in vars(layer).values()
-        if isinstance(value, keras.random.SeedGenerator)
-    ]
-    # A shared layer is met more than once.
-    return list(dict.fromkeys(generators))
 
 
 def _iterator(batches, spec):

@@ -51,10 +51,10 @@ class RGD(keras.optimizers.Optimizer):
             whole batch. Defaults to `None`.
         microbatch_size: how many examples are differentiated together. A batch, which may be the
             whole data set (`fit(batch_size=N)`: Eq. 10 as a deterministic system), is then taken
-            in pieces: one pass over them for v, and one for D v and M_x, more where M_x has
-            changed by over 2% since the last step. M_x is then an estimate, from a power
-            iteration that goes on from step to step, times 1.1. No example may enter another's
-            loss. Defaults to `None`, batches are taken whole.
+            in pieces: one pass over them for v, and one for D v and M_x, up to eight until M_x's
+            residual is a tenth of it. M_x is then an estimate, from an iteration that goes on from
+            step to step, times 1.2. No example may enter another's loss. Defaults to `None`,
+            batches are taken whole.
         weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name: as in
             every Keras optimizer.
@@ -177,7 +177,7 @@ class RGD(keras.optimizers.Optimizer):
             step, top = step_of(gradients, self.lambda_max.value), []
         else:
             start = gradients.cast([t.value for t in self.top_directions])
-            step, top = iterated_step_of(gradients, self.lambda_max.value, start)
+            step, top = iterated_step_of(gradients, start)
         epsilon = self.epsilon(step.spectrum, self.iterations)
         self._record(step.spectrum, epsilon, top)
         return step.direction(epsilon)

@@ -14,6 +14,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 import tensorflow as tf
 
+from keras_rgd import per_example as ways
 from keras_rgd import vectors
 from keras_rgd.diffusion import NOT_FINITE, NotFiniteError
 from keras_rgd.measurement import as_batch
@@ -21,6 +22,12 @@ from keras_rgd.progress import progress_bar
 
 # Rows that enter the d x d matrix together: enough for a matrix product to pay.
 ROWS = 2048
+
+# Rows of the trace's pass that may be in memory, in bytes.
+ROW_BYTES = 2**28
+
+# More draws of random numbers than a batch has.
+_DRAWS = 2**16
 
 # ARPACK's residuals relative to each eigenvalue.
 _TOLERANCE = 1e-4
@@ -58,12 +65,22 @@ class Passes:
         self.weights = [w.value for w in model.trainable_variables]
         self.d = vectors.size(self.weights)
 
-    def gradients(self, what, start=0):
+    def gradients(self, what, start=0, batch_size=None):
         """`PerExampleGradients` of one batch after another, from example `start` on."""
-        with self.progress(what, self._batches.steps(start)) as advance:
-            for batch in self._batches.after(start):
-                yield self._gradients_of(*as_batch(self._model, *batch))
-                advance()
+        seeds = [generator.state for generator in ways.seed_generators(self._model)]
+        before = [seed.numpy() for seed in seeds]
+        draws = np.array([0, _DRAWS], np.uint32)
+        try:
+            with self.progress(what, self._batches.steps(start, batch_size)) as advance:
+                for batch in self._batches.after(start, batch_size):
+                    yield self._gradients_of(*as_batch(self._model, *batch))
+                    # The next batch draws other random numbers, in each pass the same.
+                    for seed in seeds:
+                        seed.assign(seed.numpy() + draws)
+                    advance()
+        finally:
+            for seed, value in zip(seeds, before, strict=True):
+                seed.assign(value)
 
     @contextlib.contextmanager
     def progress(self, what, steps, more=0):
@@ -100,9 +117,11 @@ class Passes:
         mean = mean.astype(self.dtype)
         for gradients in self.gradients(what, start):
             rows = [np.reshape(r, (gradients.n_examples, -1)) for r in gradients.rows()]
+            del gradients
             rows = np.concatenate(rows, axis=1)
             rows -= mean
             yield rows
+            del rows  # before the next are made
 
     def products(self, what, x):
         """D x, shape (d, m), for x of shape (d, m), in one pass; float64."""
@@ -112,11 +131,24 @@ class Passes:
             tf.constant(np.reshape(part.T, (x.shape[1], *w.shape)), self.dtype)
             for part, w in zip(np.split(x, self._ends), self.weights, strict=True)
         ]
-        total = np.zeros((x.shape[1], self.d))
+        total, left = np.zeros((x.shape[1], self.d)), np.zeros(x.shape[1])
         for gradients in self.gradients(what):
-            _, images = gradients.images(v, shift)
+            factors, images = gradients.images(v, shift)
+            left += np.sum(factors, axis=1, dtype=np.float64)
             total += np.concatenate([np.reshape(t, (x.shape[1], -1)) for t in images], axis=1)
+        # What the shift left of the mean by rounding.
+        total -= np.outer(left, mean)
         return total.T / self.n
+
+    def trace(self):
+        """Tr D, from the squares of g_i - gbar, in batches small enough for their rows."""
+        _, mean = self.means
+        center = vectors.unflatten(mean, self.weights, self.dtype)
+        few = max(ROW_BYTES // (np.dtype(self.dtype).itemsize * self.d), 1)
+        squares = 0.0
+        for gradients in self.gradients("trace", batch_size=min(few, self._batches.batch_size)):
+            squares += float(np.sum(gradients.squares(center), dtype=np.float64))
+        return squares / self.n
 
     @property
     def _ends(self):
@@ -145,6 +177,7 @@ def gram(passes, block):
             products = held[: before.stop - start] @ rows.T
             k[before, at:stop], k[at:stop, before] = products, products.T
             at = stop
+            del rows, products
     # (1, ..., 1) is an exact null vector then, so rank <= N - 1.
     k -= k.mean(0, keepdims=True)
     k -= k.mean(1, keepdims=True)
@@ -172,8 +205,9 @@ def covariance(passes):
                 D, filled = add(buffer[:filled], D), 0
             buffer[filled : filled + len(part)] = part
             filled += len(part)
+        del rows, part
     D = add(buffer[:filled], D)
-    del buffer, rows
+    del buffer
     return _all_eigenvalues(passes, D, trace)
 
 
@@ -185,16 +219,17 @@ def _all_eigenvalues(passes, matrix, trace):
     return Eigenvalues(descending, np.zeros(len(descending)), float(trace))
 
 
-def leading(passes, k, seed):
-    """The k largest eigenvalues by ARPACK's Lanczos iteration, each product with D one pass."""
+def iterative(passes, k, seed):
+    """The k largest eigenvalues by ARPACK's Lanczos iteration, each product with D one pass.
+
+    Raises:
+        RuntimeError: ARPACK does not converge.
+    """
     _, mean = passes.means
-    squares = 0.0
-    for gradients in passes.gradients("trace"):
-        squares += float(np.sum(gradients.squares(), dtype=np.float64))
+    trace = passes.trace()
     # Of equal gradients rounding alone is left.
-    trace = squares / passes.n - mean @ mean
-    if trace <= 8 * np.finfo(passes.dtype).eps * squares / passes.n:
-        return Eigenvalues(np.zeros(k), np.zeros(k), max(float(trace), 0.0))
+    if trace <= 16 * np.finfo(passes.dtype).eps ** 2 * (mean @ mean):
+        return Eigenvalues(np.zeros(k), np.zeros(k), trace)
 
     def matvec(x):
         norm = np.linalg.norm(x)
@@ -207,16 +242,22 @@ def leading(passes, k, seed):
     restart = (size - k) * passes.steps()
     what = f"{k} leading eigenvalues of D"
     with passes.progress(what, size * passes.steps() + restart, more=restart):
-        eigenvalues, eigenvectors = scipy.sparse.linalg.eigsh(
-            operator, k, which="LA", v0=start, ncv=size, tol=_TOLERANCE
-        )
+        try:
+            eigenvalues, eigenvectors = scipy.sparse.linalg.eigsh(
+                operator, k, which="LA", v0=start, ncv=size, tol=_TOLERANCE
+            )
+        except scipy.sparse.linalg.ArpackNoConvergence as error:
+            raise RuntimeError(
+                f"ARPACK found {len(error.eigenvalues)} of the {k} largest eigenvalues. Ask for "
+                "fewer (k), or write method='gram' or 'covariance'."
+            ) from error
     eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
     images = passes.products("residuals", eigenvectors)
     images -= eigenvalues * eigenvectors
     residuals = np.linalg.norm(images, axis=0)
-    return Eigenvalues(np.maximum(eigenvalues, 0), residuals, float(trace))
+    return Eigenvalues(np.maximum(eigenvalues, 0), residuals, trace)
 
 
 def krylov_size(k, d):
-    """How many vectors of length d `leading` keeps for k eigenvalues."""
+    """How many vectors of length d `iterative` keeps for k eigenvalues."""
     return min(max(2 * k + 1, 20), d)

@@ -22,20 +22,18 @@ def step_of(gradients, last_estimate):
     return MatvecStep(gradients, image, estimate * ESTIMATE_MARGIN)
 
 
-def iterated_step_of(gradients, last_estimate, start):
+def iterated_step_of(gradients, start):
     """As `step_of` where each operation is a pass over many examples: as few as can be.
 
     Args:
         gradients: the batch's `PerExampleGradients`.
-        last_estimate: `lambda_max` of the last step, 0 if there is none; a scalar.
         start: what the last step returned, a list of tensors shaped as the weights; 0 at first.
 
     Returns:
         A `MatvecStep`; where the next step may start.
     """
     D = DiffusionMatrix(gradients)
-    last = last_estimate / ITERATED_MARGIN
-    image, estimate, top = D.iterate(gradients.gradient, start, last)
+    image, estimate, top = D.iterate(gradients.gradient, start)
     return MatvecStep(gradients, image, estimate * ITERATED_MARGIN), top
 
 

@@ -75,7 +75,7 @@ def plot_spectrum(records, ax=None):
     for shade, record in zip(np.linspace(0.25, 1, len(records)), records, strict=True):
         counted = record.eigenvalues[record.eigenvalues > _floor(record)]
         ends = record in (records[0], records[-1])
-        label = f"epoch {record.epoch}" if ends and hasattr(record, "epoch") else None
+        label = _label(record, records) if ends else None
         color = matplotlib.colormaps["viridis_r"](shade if len(records) > 1 else 0.8)
         ax.loglog(
             np.arange(1, len(counted) + 1), counted, ".-", ms=3, lw=1, color=color, label=label
@@ -92,6 +92,12 @@ def plot_spectrum(records, ax=None):
     ax.set_title(f"Spectrum of D, N = {n:,}, d = {last.n_weights:,}")
     ax.legend(loc="lower left", fontsize="small")
     return ax
+
+
+def _label(record, records):
+    if isinstance(record, Spectrum):
+        return f"spectrum {records.index(record) + 1}" if len(records) > 1 else None
+    return f"epoch {record.epoch}"
 
 
 def _floor(record):

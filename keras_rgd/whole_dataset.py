@@ -19,8 +19,11 @@ from keras_rgd.record import load_json, plain, revived, save_json
 
 METHODS = ("auto", "gram", "covariance", "iterative")
 
-# Largest matrix that "auto" decomposes whole: one of 13,338 rows takes a minute on two cores.
+# What "auto" spends on all eigenvalues: rows of a matrix to decompose (13,338 take a minute on two
+# cores), multiply-adds, blocks of a Gram matrix, each a pass over the examples after it.
 _LARGEST_MATRIX = 30_000
+_MOST_WORK = 1e14
+_MOST_BLOCKS = 20
 
 # What "iterative" finds where the caller does not say, and what is kept of a whole spectrum.
 _LEADING, _KEPT = 32, 4096
@@ -82,7 +85,7 @@ class Spectrum:
             ValueError: the file holds no spectrum, or one of another version of this package.
         """
         content = load_json(path, _KEY, _VERSION, writer="Spectrum.save")
-        return revived(cls, content["spectrum"], path)
+        return revived(cls, content.get("spectrum", {}), path)
 
 
 def spectrum(
@@ -108,10 +111,11 @@ def spectrum(
       stream by. All min(N, d) eigenvalues.
     - "covariance": D itself, d x d, accumulated batch by batch. All min(N, d) eigenvalues.
     - "iterative": the k leading eigenvalues by SciPy's ARPACK, each product with D one pass over
-      the data. Memory 8 d (2k + 1) bytes.
+      the data. It keeps about 5 k vectors of length d, in float64.
 
     "auto" takes the cheaper of the first two by counted work, of those that fit in `memory_limit`
-    and have a matrix of at most 30,000 rows; else "iterative". In each the trace is exact.
+    and are not out of reach (a matrix of 30,000 rows, 1e14 multiply-adds, 20 blocks); else
+    "iterative". In each the trace is exact.
 
     Args:
         model: any compiled `keras.Model`, whatever its optimizer.
@@ -126,8 +130,8 @@ def spectrum(
             evaluation mode. Methods "gram" and "covariance" hold their gradients, 4 d bytes an
             example. Defaults to `128`.
         training: `True` for layers in training mode, in batches of `batch_size`: with
-            BatchNormalization D then depends on them. Defaults to `False`, evaluation mode, as in
-            arXiv 1710.11029.
+            BatchNormalization and Dropout D then depends on them. Defaults to `False`, evaluation
+            mode, as in arXiv 1710.11029.
         per_example: as in `diffusion_matrix`. Defaults to `"auto"`.
         seed: of the examples drawn and of the vector that "iterative" starts from. Defaults to
             `0`.
@@ -142,6 +146,7 @@ def spectrum(
     Raises:
         ValueError: an argument is not what is described here; the method asked for would not fit;
             gradients are not finite; or the loss of an example depends on the batch it is in.
+        RuntimeError: "iterative" does not converge.
     """
     started = time.perf_counter()
     _check_counts(k=k, examples=examples, batch_size=batch_size, memory_limit=memory_limit)
@@ -152,9 +157,11 @@ def spectrum(
             f"`method` must be one of {', '.join(map(repr, METHODS))}. Received: method={method!r}"
         )
     batches = Batches(data, examples=examples, batch_size=batch_size, seed=seed)
-    first = as_batch(model, *next(batches.after()))
+    # One example alone does not show what depends on others.
+    first = as_batch(model, *batches.first(max(batch_size, 2)))
     way = way_for(model, first, training, per_example, None, precise=False)
-    ways.check_apart(model, *first, training=False)
+    if ways.batch_size(first[0]) > 1:
+        ways.check_apart(model, *first)
     passes = routes.Passes(model, batches, way, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(
@@ -169,7 +176,7 @@ def spectrum(
     elif method == "covariance":
         found = routes.covariance(passes)
     else:
-        found = routes.leading(passes, plan.leading, seed)
+        found = routes.iterative(passes, plan.leading, seed)
     v, mean = passes.means
     return Spectrum(
         **_values(found, passes, whole=method != "iterative", k=_KEPT if k is None else k),
@@ -205,12 +212,13 @@ class _Plan:
         room = max(memory_limit - gram, 0) // (entry * d)
         # Whole batches, so that none is cut.
         self.block = min(max(room // batch_size, 1) * batch_size, n)
-        self.leading = min(_LEADING, n, d) if k is None else k
+        self.leading = min(_LEADING, n, max(d - 1, 1)) if k is None else k
+        trace_rows = entry * d * min(max(routes.ROW_BYTES // (entry * d), 1), batch_size)
         krylov = routes.krylov_size(self.leading, d)
         self.bytes = {
             "gram": gram + entry * d * min(batch_size, n),
             "covariance": entry * d * (d + routes.ROWS) + batch,
-            "iterative": 8 * d * (krylov + 3 * self.leading),
+            "iterative": 8 * d * (krylov + 3 * self.leading) + 3 * trace_rows,
         }
         self._work = {"gram": n * n * d + n**3, "covariance": n * d * d + d**3}
 
@@ -218,10 +226,14 @@ class _Plan:
     def method(self):
         """The cheapest of the methods that find all eigenvalues, or "iterative"."""
         rows = {"gram": self._n, "covariance": self._d}
+        blocks = {"gram": self._n / self.block, "covariance": 1}
         possible = [
             name
             for name in rows
-            if rows[name] <= _LARGEST_MATRIX and self.bytes[name] <= self._limit
+            if rows[name] <= _LARGEST_MATRIX
+            and self._work[name] <= _MOST_WORK
+            and blocks[name] <= _MOST_BLOCKS
+            and self.bytes[name] <= self._limit
         ]
         return min(possible, key=self._work.get, default="iterative")
 
@@ -229,8 +241,8 @@ class _Plan:
         """Raise `ValueError`, with the figures, where a method would not fit or not converge."""
         if method == "iterative" and self.leading >= self._d:
             raise ValueError(
-                f"method='iterative' finds fewer than d = {self._d} eigenvalues. "
-                f"Received: k={self.leading}. Write method='covariance'."
+                f"method='iterative' finds fewer than d = {self._d} eigenvalues, and "
+                f"{self.leading} are wanted. Write method='covariance'."
             )
         if self.bytes[method] <= self._limit:
             return

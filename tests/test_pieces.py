@@ -50,22 +50,24 @@ def same(a, b):
     assert reference.relative_error(a, b) <= 1e-5
 
 
+REST = 150  # leaves one
+
+
 @pytest.mark.parametrize(
-    "build, way, xla",
+    "build, way, xla, sizes",
     [
-        (mlp, "layerwise", False),
-        (mlp, "layerwise", True),
-        (mlp, "double_backward", False),
-        (mlp, "vectorized_map", False),
-        (lstm, "double_backward", False),
+        (mlp, "layerwise", False, (N, N // 4, N // 32, REST)),
+        (mlp, "layerwise", True, (N, N // 4)),
+        (mlp, "double_backward", False, (N, N // 32, REST)),
+        (mlp, "vectorized_map", False, (N, REST)),
+        (lstm, "double_backward", False, (N, 400)),
     ],
 )
-def test_pieces_of_any_size_take_the_same_steps(build, way, xla):
+def test_pieces_of_any_size_take_the_same_steps(build, way, xla, sizes):
     start = reference.flatten(build().get_weights())
     weights = np.linspace(0.5, 1.5, N).astype("float32")
     runs = [
-        fitted(build(), size, way=way, xla=xla, weights=weights, momentum=0.5)
-        for size in (N, N // 4, N // 32, 150)  # which leaves a rest
+        fitted(build(), size, way=way, xla=xla, weights=weights, momentum=0.5) for size in sizes
     ]
     (one, history, _), *others = runs
     assert np.linalg.norm(one - start) > 0.01
@@ -90,22 +92,20 @@ def test_the_step_is_that_of_a_dense_D():
     same(after, before - 0.5 * dense.direction(epsilon))
     # Twice the regularizer is in v, not in D.
     assert np.linalg.norm(dense.v - dense.G.mean(0)) > 0.01
-    assert 0.9 <= float(optimizer.lambda_max) / dense.lambda_max <= 1.1 + 1e-5
+    assert 1.0 <= float(optimizer.lambda_max) / dense.lambda_max <= 1.2 + 1e-5
     np.testing.assert_allclose(epsilon * float(optimizer.lambda_max), 0.5, rtol=1e-5)
     error = float(optimizer.step_weak_field_error)
     assert error >= 0.999 * dense.error_on_step(epsilon)
 
 
 def test_the_largest_eigenvalue_is_found_from_step_to_step():
-    for steps_taken in (4, 8):
-        model = mlp()
-        _, _, optimizer = fitted(model, 200, steps=steps_taken)
-        # The last step's M_x was that of the weights before it.
-        model = mlp()
-        fitted(model, 200, steps=steps_taken - 1)
-        x, y = digits()
+    model = mlp()
+    x, y = digits()
+    fitted(model, 200, steps=1)
+    for _ in range(5):
         true = keras_rgd.diffusion_matrix(model, x, y).top_eigenvalue()
-        assert 1.0 <= float(optimizer.lambda_max) / true <= 1.1 + 1e-4
+        model.train_on_batch(x, y)
+        assert 0.95 <= float(model.optimizer.lambda_max) / true <= 1.2 + 1e-4
 
 
 def test_equal_gradients_make_it_gradient_descent():
@@ -196,9 +196,9 @@ def test_a_saved_model_goes_on_where_it_stopped(tmp_path):
 # refusals
 
 
-def refused(model, message, loss=None):
+def refused(model, message, loss=None, size=20):
     x, y = digits(60)
-    model.compile(keras_rgd.RGD(0.1, microbatch_size=20), loss or cases.CROSSENTROPY())
+    model.compile(keras_rgd.RGD(0.1, microbatch_size=size), loss or cases.CROSSENTROPY())
     before = model.get_weights()
     with pytest.raises(ValueError, match=message):
         model.fit(x, y, batch_size=60, verbose=0)
@@ -210,16 +210,43 @@ def test_a_layer_that_mixes_examples_is_refused_by_name():
     model = keras_rgd.RGDSequential(
         [keras.Input((64,)), L.Dense(5), L.BatchNormalization(name="mixes"), L.Dense(10)]
     )
-    refused(model, "Layer 'mixes' .BatchNormalization.*cannot be taken in pieces")
-    # One piece is the whole batch, whose examples may mix.
-    model.compile(keras_rgd.RGD(0.1, microbatch_size=60), cases.CROSSENTROPY())
-    x, y = digits(60)
-    assert np.isfinite(model.fit(x, y, batch_size=60, verbose=0).history["loss"][0])
+    for size in (1, 20, 60):  # a later batch may be larger than the first
+        refused(model, "Layer 'mixes' .BatchNormalization.*Write microbatch_size=None", size=size)
 
 
 def test_a_loss_that_changes_with_the_batch_is_refused():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
     refused(mlp(), "changes with the batch", loss)
+
+
+class SumsOverTheBatch(L.Layer):
+    def call(self, x):
+        self.add_loss(1e-3 * keras.ops.sum(x**2))
+        return x
+
+
+def test_an_added_loss_that_sums_over_the_batch_is_refused():
+    layers = [keras.Input((64,)), L.Dense(5), SumsOverTheBatch(), L.Dense(10)]
+    refused(keras_rgd.RGDSequential(layers), "an add_loss that sums over it")
+
+
+def test_a_weight_that_a_forward_pass_changes_is_refused():
+    normalized = L.SpectralNormalization(L.Dense(5), name="normalized")
+    layers = [keras.Input((64,)), normalized, L.Dense(10)]
+    refused(keras_rgd.RGDSequential(layers), "'normalized'.*changes a trainable weight")
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_a_last_batch_may_be_smaller_than_a_piece(xla):
+    def after(size):
+        model = mlp()
+        optimizer = keras_rgd.RGD(0.1, keras_rgd.epsilon.Fixed(0.1), microbatch_size=size)
+        model.compile(optimizer, cases.CROSSENTROPY(), jit_compile=xla)
+        x, y = digits(115)
+        model.fit(x, y, batch_size=85, shuffle=False, verbose=0)
+        return reference.flatten(model.get_weights())
+
+    same(after(40), after(None))
 
 
 @pytest.mark.parametrize("size", [0, -5, 2.5, True, "all"])

@@ -148,7 +148,7 @@ def test_a_gram_matrix_in_blocks_is_the_same(digits):
 def test_the_cheaper_exact_method_that_fits_is_taken(digits):
     assert measured(digits, examples=200).method == "gram"
     assert measured(digits).method == "covariance"
-    assert measured(digits, k=1, batch_size=600, memory_limit=2**20).method == "iterative"
+    assert measured(digits, k=1, batch_size=600, memory_limit=8 * 10**6).method == "iterative"
 
 
 def test_a_method_that_does_not_fit_is_refused_with_the_figures(digits):
@@ -217,6 +217,50 @@ def test_a_data_set_without_end_needs_examples(digits):
     assert keras_rgd.spectrum(digits.model, data, examples=70, verbose=False).n_examples == 70
 
 
+def test_a_data_set_that_ends_early_the_next_time_is_refused(digits):
+    passes = iter([200, 200, 200, 100, 100])
+
+    def examples():
+        for i in range(next(passes)):
+            yield digits.x[i], digits.y[i]
+
+    signature = (tf.TensorSpec((64,), tf.float32), tf.TensorSpec((), tf.int64))
+    data = tf.data.Dataset.from_generator(examples, output_signature=signature).batch(50)
+    with pytest.raises(ValueError, match="other examples than before in its batch 2"):
+        keras_rgd.spectrum(digits.model, data, verbose=False)
+
+
+def test_a_series_is_taken_by_position(digits):
+    pandas = pytest.importorskip("pandas")
+    x, y = digits.x[:200], digits.y[:200]
+    shuffled = np.random.default_rng(0).permutation(200)
+    series = pandas.Series(y, index=shuffled)
+    options = dict(examples=50, verbose=False)
+    expected = keras_rgd.spectrum(digits.model, (x, y), **options).trace
+    assert keras_rgd.spectrum(digits.model, (x, series), **options).trace == expected
+
+
+def test_text_is_read_from_data_sets():
+    words = np.array(["a b", "b c c", "a", "d a b", "c", "b b"])
+    y = np.arange(6) % 2
+    vectors = L.TextVectorization(output_mode="multi_hot", vocabulary=["a", "b", "c", "d"])
+    model = keras.Sequential([keras.Input((), dtype="string"), vectors, L.Dense(2)])
+    model.compile("sgd", cases.CROSSENTROPY())
+    data = tf.data.Dataset.from_tensor_slices((words, y)).batch(4)
+    s = keras_rgd.spectrum(model, data, batch_size=3, verbose=False)
+    D = keras_rgd.diffusion_matrix(model, tf.constant(words), y)
+    np.testing.assert_allclose(s.eigenvalues, D.eigenvalues(), rtol=1e-4, atol=1e-8)
+
+
+def test_examples_of_unlike_shapes_are_refused():
+    model = keras.Sequential([keras.Input((None, 2)), L.GlobalAveragePooling1D(), L.Dense(1)])
+    model.compile("sgd", "mse")
+    lengths = tf.data.Dataset.range(1, 9)
+    data = lengths.map(lambda n: (tf.ones([n, 2]), 1.0)).padded_batch(2)
+    with pytest.raises(ValueError, match="unlike shapes.*padded to one length"):
+        keras_rgd.spectrum(model, data, batch_size=3, verbose=False)
+
+
 # layers
 
 
@@ -251,6 +295,36 @@ def test_training_mode_is_that_of_the_batch():
     s = keras_rgd.spectrum(model, case.batch(), training=True, verbose=False)
     assert (s.mode, s.per_example) == ("training", "double_backward")
     np.testing.assert_allclose(s.eigenvalues[:4], dense.eigenvalues[:4], rtol=1e-4)
+
+
+def test_in_training_mode_each_batch_draws_its_own_masks_in_every_pass():
+    model = keras.Sequential([keras.Input((6,)), L.Dropout(0.5), L.Dense(3)])
+    model.compile("sgd", "mse")
+    data = np.ones((64, 6), "float32"), np.ones((64, 3), "float32")
+    one, again, in_batches = (
+        keras_rgd.spectrum(model, data, training=True, batch_size=size, verbose=False)
+        for size in (64, 64, 4)
+    )
+    np.testing.assert_array_equal(one.eigenvalues, again.eigenvalues)
+    # All batches with the masks of the first would give 4 unlike gradients.
+    assert in_batches.rank > 8
+    np.testing.assert_allclose(in_batches.trace, one.trace, rtol=0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_D_beside_a_large_gradient_keeps_its_digits(method):
+    rng = np.random.default_rng(0)
+    x = (1 + 0.01 * rng.normal(size=(200, 5))).astype("float32")
+    model = keras.Sequential([keras.Input((5,)), L.Dense(1)])
+    model.compile("sgd", "mse")
+    w, b = (a.astype(float) for a in model.get_weights())
+    r = 2 * (x @ w + b - 30)
+    dense = reference.Dense(np.concatenate([r * x, r], axis=1), None)
+    data = x, np.full((200, 1), 30.0)
+    s = keras_rgd.spectrum(model, data, method=method, k=3, batch_size=64, verbose=False)
+    assert s.gradient_norm**2 > 1000 * s.trace
+    np.testing.assert_allclose(s.eigenvalues, dense.eigenvalues[:3], rtol=1e-4)
+    np.testing.assert_allclose(s.trace, np.trace(dense.D), rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -290,11 +364,23 @@ def test_a_loss_that_changes_with_the_batch_is_refused(digits):
         keras_rgd.spectrum(model, digits.data, verbose=False)
 
 
-def test_gradients_that_are_not_finite_are_refused(digits):
+@pytest.mark.parametrize("example", [0, 1000])
+def test_gradients_that_are_not_finite_are_refused(example, digits):
     x = digits.x.copy()
-    x[100] = np.nan
+    x[example] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         keras_rgd.spectrum(digits.model, (x, digits.y), verbose=False)
+
+
+def test_a_masked_loss_is_refused_also_where_the_first_examples_have_no_mask():
+    model = keras.Sequential(
+        [keras.Input((4,)), L.Embedding(9, 3, mask_zero=True), L.TimeDistributed(L.Dense(1))]
+    )
+    model.compile("sgd", "mse")
+    x = np.ones((80, 4), "int32")
+    x[40:, 2:] = 0
+    with pytest.raises(ValueError, match="a masked output"):
+        keras_rgd.spectrum(model, (x, np.ones((80, 4, 1))), verbose=False)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +438,9 @@ def test_a_file_of_records_is_no_spectrum(tmp_path):
     keras_rgd.save_records([], tmp_path / "records.json")
     with pytest.raises(ValueError, match="written by Spectrum.save. Received: .*records.json"):
         keras_rgd.Spectrum.load(tmp_path / "records.json")
+    (tmp_path / "cut.json").write_text('{"keras_rgd_spectrum": 1}')
+    with pytest.raises(ValueError, match="Expected the fields of Spectrum. Received: .*cut.json"):
+        keras_rgd.Spectrum.load(tmp_path / "cut.json")
 
 
 def test_progress_is_shown_with_the_time_that_remains(digits, capsys):

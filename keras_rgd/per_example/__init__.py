@@ -9,7 +9,12 @@ import tensorflow as tf
 
 from keras_rgd import vectors
 from keras_rgd.per_example import checks, lanes
-from keras_rgd.per_example.checks import check_apart, first_examples
+from keras_rgd.per_example.checks import (
+    check_apart,
+    check_pieces,
+    first_examples,
+    seed_generators,
+)
 from keras_rgd.per_example.compiled import compiled_way
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.interface import PerExampleGradients, working_dtype
@@ -31,6 +36,7 @@ __all__ = [
     "check_apart",
     "check_batch",
     "check_model",
+    "check_pieces",
     "check_way",
     "choose_way",
     "first_examples",
@@ -38,6 +44,7 @@ __all__ = [
     "make_way",
     "measuring_way",
     "per_example_gradients",
+    "seed_generators",
     "working_dtype",
 ]
 

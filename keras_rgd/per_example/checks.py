@@ -18,7 +18,13 @@ from keras_rgd.per_example import lanes
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.interface import working_dtype
 from keras_rgd.per_example.layerwise import Layerwise
-from keras_rgd.per_example.loss import batch_size, call_model, example_losses, replaced
+from keras_rgd.per_example.loss import (
+    batch_size,
+    call_model,
+    example_losses,
+    replaced,
+    what_losses_read,
+)
 from keras_rgd.per_example.uses import NotVisibleError
 
 # NumPy's finfo does not know bfloat16.
@@ -39,6 +45,11 @@ _ADVICE = (
 _LAYERWISE_ADVICE = (
     "per_example='layerwise' reads each example's gradient off one backward pass over the batch. "
     "Write per_example='double_backward' (or 'auto') instead."
+)
+
+
+_PIECES_ADVICE = (
+    "So a batch in pieces would be another than the whole batch. Write microbatch_size=None."
 )
 
 
@@ -130,8 +141,7 @@ def check_exact(model, x, y, sample_weight, training):
     mixing = _layer_that_mixes(model, x, training)
     if mixing is not None:
         raise NotExactError(
-            f"Layer {_names([mixing])} gives an example an output that depends on the other "
-            f"examples of the batch, or on random numbers.",
+            _mixes(mixing),
             _ADVICE,
         )
     if _loss_mixes(model, x, y, sample_weight, training):
@@ -196,8 +206,7 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic, precise=False
         return way
     if mixing is not None:
         raise NotExactError(
-            f"Layer {_names([mixing])} gives an example an output that depends on the other "
-            f"examples of the batch, or on random numbers.",
+            _mixes(mixing),
             _LAYERWISE_ADVICE,
         )
     raise NotExactError(
@@ -207,57 +216,106 @@ def check_layerwise(model, x, y, sample_weight, training, dynamic, precise=False
     )
 
 
-def check_apart(model, x, y, sample_weight, training):
-    """Raise `NotExactError` where an example's f_i is another one in a smaller batch.
+def check_pieces(model, x, y, sample_weight, layers_are_apart):
+    """Raise `NotExactError` where a training batch in pieces is another than the whole batch.
 
     Args:
         model: a compiled, built model.
-        x: a batch's inputs.
-        y: its targets.
-        sample_weight: its sample weights or `None`.
-        training: whether layers behave as in training.
+        x: some examples' inputs, two at least.
+        y: their targets.
+        sample_weight: their sample weights or `None`.
+        layers_are_apart: whether it is known already that layers do not mix examples.
 
     Raises:
-        NotExactError: names the layer that mixes examples or draws random numbers, or the loss.
+        NotExactError: names the layer that mixes examples, draws random numbers where that hides
+            mixing, or changes a weight in its forward pass; or the loss.
     """
-    if batch_size(x) == 1:
-        return
+    x, y, sample_weight = first_examples((x, y, sample_weight), _EXAMPLES)
+    mixing = None if layers_are_apart else _layer_that_mixes(model, x, training=True)
+    if mixing is not None:
+        raise NotExactError(_mixes(mixing), _PIECES_ADVICE)
+    weights = {id(v) for v in model.trainable_variables}
+    changed = _layers_that_change_state(model, x, True, lambda v: id(v) in weights)
+    if changed:
+        outer = [a for a in model.layers if any(b in a._flatten_layers() for b in changed)]
+        raise NotExactError(
+            f"Layer {_names(outer or changed)} changes a trainable weight in each forward pass.",
+            _PIECES_ADVICE,
+        )
+    check_apart(model, x, y, sample_weight)
+
+
+def check_apart(model, x, y, sample_weight):
+    """Raise `NotExactError` where the loss of an example is another in a smaller batch.
+
+    Asked in evaluation mode, where layers mix no examples.
+
+    Args:
+        model: a compiled, built model.
+        x: some examples' inputs, two at least.
+        y: their targets.
+        sample_weight: their sample weights or `None`.
+
+    Raises:
+        NotExactError: says which kinds of loss are so.
+    """
     batch = (x, y, sample_weight)
     if takes_any_size(model):
         batch = first_examples(batch, _EXAMPLES)
-    if training:
-        mixing = _layer_that_mixes(model, batch[0], training)
-        if mixing is not None:
-            raise NotExactError(
-                f"Layer {_names([mixing])} gives an example an output that depends on the other "
-                "examples of the batch, or on random numbers, so that a batch cannot be taken in "
-                "pieces.",
-                "Take it whole, or with training=False where that is an argument.",
-            )
     n = batch_size(batch[0])
     half = n // 2
     # Signs, as a plain sum is nearly 0 at a minimum.
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], half)
-    sums = []
-    for count, others in ((n, n - half), (half, 0)):
-        try:
-            # In evaluation mode what differs is the loss.
-            with unchanged(model):
-                gradients = DoubleBackward(model, *first_examples(batch, count), training=False)
-                w = tf.constant(np.concatenate([signs, np.zeros(others)]), gradients.dtype)
-                sums.append(gradients.combine(w))
-        except (ValueError, tf.errors.OpError):
-            if count < n and not takes_any_size(model):
-                return  # a model for one size alone
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
+    try:
+        whole, masked = _signed_sum(model, batch, signs, half)
+        first, _ = _signed_sum(model, _examples(batch, 0, half), signs[:half], half)
+        rest, _ = _signed_sum(model, _examples(batch, half, n), signs[half:], 0)
+    except (ValueError, tf.errors.OpError):
+        if takes_any_size(model):
             raise
-    if _first_unequal(model, *sums) is not None:
+        return  # a model for one size alone
+    means = [(half * a + (n - half) * b) / n for a, b in zip(first[1], rest[1], strict=True)]
+    finite = all(bool(tf.math.is_finite(vectors.norm(t))) for t in (*whole, *first, *rest))
+    if masked or (
+        finite
+        and (
+            _first_unequal(model, whole[0], first[0]) is not None
+            or _first_unequal(model, whole[1], means) is not None
+        )
+    ):
         raise NotExactError(
             "The loss of an example changes with the batch it is in: a loss with reduction='sum', "
-            "or a mask whose valid steps are counted over the batch. Its gradient over all "
-            "examples cannot be had in pieces.",
+            "a masked output, whose valid steps are counted over the batch, or an add_loss that "
+            "sums over it. Its gradient over all examples cannot be had from parts.",
             "Expected a loss with the default reduction, 'sum_over_batch_size', and no mask. "
             f"Received: loss={model.loss!r}.",
         )
+
+
+def _signed_sum(model, batch, signs, count):
+    """(sum_i s_i g_i over the first `count`, grad L) of a batch; whether an output has a mask."""
+    with unchanged(model):
+        gradients = DoubleBackward(model, *batch, training=False)
+        w = np.where(np.arange(len(signs)) < count, signs, 0)
+        sums = gradients.combine(tf.constant(w, gradients.dtype)), gradients.gradient
+    outputs = what_losses_read(gradients.y_pred)
+    return sums, any(getattr(t, "_keras_mask", None) is not None for t in outputs)
+
+
+def _examples(tree, start, end):
+    return keras.tree.map_structure(lambda t: None if t is None else t[start:end], tree)
+
+
+def seed_generators(model):
+    """The generators of a model's random numbers."""
+    generators = [
+        value
+        for layer in model._flatten_layers()
+        for value in vars(layer).values()
+        if isinstance(value, keras.random.SeedGenerator)
+    ]
+    # A shared layer is met more than once.
+    return list(dict.fromkeys(generators))
 
 
 def takes_any_size(model):
@@ -443,8 +501,8 @@ def _vectorizes(layer, arguments, compiled):
     return trial_fails(run, *inputs) is None
 
 
-def _layers_that_change_state(model, x, training):
-    variables = _state(model)
+def _layers_that_change_state(model, x, training, concerns=lambda variable: True):
+    variables = [v for v in _state(model) if concerns(v)]
     before = [v.numpy() for v in variables]
     with unchanged(model):
         call_model(model, x, training)
@@ -566,6 +624,13 @@ def _tolerance(model):
         keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
     }
     return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5
+
+
+def _mixes(layer):
+    return (
+        f"Layer {_names([layer])} gives an example an output that depends on the other examples of "
+        "the batch, or on random numbers."
+    )
 
 
 def _names(layers):

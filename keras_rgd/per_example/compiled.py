@@ -86,8 +86,8 @@ class Compiled(PerExampleGradients):
     def rows(self):
         return self._run("rows")
 
-    def squares(self):
-        return self._run("squares")
+    def squares(self, center):
+        return self._run("squares", list(center))
 
     def images(self, v, shift):
         return self._run("images", list(v), tf.cast(shift, self.dtype))

@@ -91,9 +91,9 @@ class PerExampleGradients(abc.ABC):
         """The g_i themselves, a list of tensors (N, *weight shape): N d numbers."""
         return self.combine_many(tf.eye(self.n_examples, dtype=self.dtype))
 
-    def squares(self):
-        """|g_i|^2, shape (N,)."""
-        return tf.add_n([squares_of_rows(rows) for rows in self.rows()])
+    def squares(self, center):
+        """|g_i - c|^2, shape (N,), for c a list of tensors shaped as the weights."""
+        return tf.add_n([squares_of_rows(rows) for rows in centered(self.rows(), center, 1.0)])
 
     def images(self, v, shift):
         """sum_i (<g_i, v_j> - shift_j) g_i for each of m vectors v_j, and those factors.

@@ -168,9 +168,14 @@ class Layerwise(PerExampleGradients):
             for index, w in enumerate(self.weights)
         ]
 
-    def squares(self):
-        squares = tf.add_n([squares_of_rows(rows) for _, rows in self._rows_by_weight()])
-        return tf.square(self._n * self._unit) * tf.cast(squares, self.dtype)
+    def squares(self, center):
+        factor = tf.cast(self._n * self._unit, self._inner)
+        # Of a weight without a use the gradients are 0.
+        squares = {index: tf.reduce_sum(tf.square(c)) for index, c in enumerate(center)}
+        for index, rows in self._rows_by_weight():
+            rows = factor * rows - tf.reshape(tf.cast(center[index], self._inner), [1, -1])
+            squares[index] = tf.cast(squares_of_rows(rows), self.dtype)
+        return tf.add_n([s + tf.zeros([self.n_examples], self.dtype) for s in squares.values()])
 
     def gram(self, center=None, unit=1.0):
         factor = tf.cast(self._n * self._unit / unit, self._inner)

@@ -11,9 +11,9 @@ from keras_rgd.per_example.loss import batch_size
 class Pieces(PerExampleGradients):
     """Each operation is one pass over pieces of `size` examples and the rest; inside a graph only.
 
-    Memory is that of one piece, beside the batch and a few numbers an example. Every pass draws
-    the random numbers that the first drew, and leaves seeds, moving statistics and metrics as that
-    left them.
+    Memory is that of one piece, beside the batch, the model's outputs for it and a few numbers an
+    example. Every pass draws the random numbers that the first drew, and leaves seeds, moving
+    statistics and metrics as that left them.
 
     Args:
         model: a compiled, built model, for which no example of a piece enters another's loss.
@@ -95,7 +95,7 @@ class Pieces(PerExampleGradients):
         outputs = keras.tree.flatten(traced.structured_outputs[1])
 
         def body(i, sums, arrays):
-            more, parts = of_piece(*_mapped(lambda t: _cut(t, i * size, size), given))
+            more, parts = of_piece(*_mapped(lambda t: _taken(t, i * size, size), given))
             parts = keras.tree.flatten(parts)
             arrays = [a.write(i, t) for a, t in zip(arrays, parts, strict=True)]
             return i + 1, vectors.add(sums, more), arrays
@@ -111,7 +111,7 @@ class Pieces(PerExampleGradients):
         rest = n - count * size
 
         def of_rest():
-            more, parts = of_piece(*_mapped(lambda t: _cut(t, count * size, rest), given))
+            more, parts = of_piece(*_mapped(lambda t: t[count * size :], given))
             return more, keras.tree.flatten(parts)
 
         def nothing():
@@ -135,9 +135,10 @@ def _spec(tensor, size):
     return tf.TensorSpec([size, *tensor.shape[1:]], tensor.dtype)
 
 
-def _cut(tensor, start, length):
-    """Examples from `start` on; a slice whose length XLA can know, wherever it begins."""
-    others = [s if s is not None else tf.shape(tensor)[i] for i, s in enumerate(tensor.shape)][1:]
-    part = tf.slice(tensor, [start] + [0] * len(others), [length, *others])
-    static = length if isinstance(length, int) else None
-    return tf.ensure_shape(part, [static, *tensor.shape[1:]])
+def _taken(tensor, start, length):
+    """`length` examples from `start` on.
+
+    No slice: XLA compiles the loop also for a batch shorter than a piece, which never enters it.
+    """
+    part = tf.gather(tensor, tf.minimum(start + tf.range(length), tf.shape(tensor)[0] - 1))
+    return tf.ensure_shape(part, [length, *tensor.shape[1:]])
