@@ -49,6 +49,8 @@ class Passes:
         model: the model.
         batches: a `Batches`.
         way: the function from a batch to `PerExampleGradients`.
+        training: whether layers behave as in training, so that batches must be the same in all
+            passes.
         verbose: whether to show progress.
 
     Attributes:
@@ -58,8 +60,9 @@ class Passes:
         dtype: of the gradients, a numpy dtype; known after `means`, as `way`, their name.
     """
 
-    def __init__(self, model, batches, way, verbose):
+    def __init__(self, model, batches, way, training, verbose):
         self._model, self._batches, self._gradients_of = model, batches, way
+        self._training = training
         self._verbose, self._advance = verbose, None
         self.n = batches.count
         self.weights = [w.value for w in model.trainable_variables]
@@ -70,13 +73,14 @@ class Passes:
         seeds = [generator.state for generator in ways.seed_generators(self._model)]
         before = [seed.numpy() for seed in seeds]
         draws = np.array([0, _DRAWS], np.uint32)
+        first = start // self._batches.batch_size
         try:
             with self.progress(what, self._batches.steps(start, batch_size)) as advance:
-                for batch in self._batches.after(start, batch_size):
+                for i, batch in enumerate(self._batches.after(start, batch_size), first):
+                    # Each batch draws random numbers of its own, in each pass the same.
+                    for seed, value in zip(seeds, before, strict=True):
+                        seed.assign(value + np.uint32(i) * draws)
                     yield self._gradients_of(*as_batch(self._model, *batch))
-                    # The next batch draws other random numbers, in each pass the same.
-                    for seed in seeds:
-                        seed.assign(seed.numpy() + draws)
                     advance()
         finally:
             for seed, value in zip(seeds, before, strict=True):
@@ -145,8 +149,9 @@ class Passes:
         _, mean = self.means
         center = vectors.unflatten(mean, self.weights, self.dtype)
         few = max(ROW_BYTES // (np.dtype(self.dtype).itemsize * self.d), 1)
+        size = None if self._training else min(few, self._batches.batch_size)
         squares = 0.0
-        for gradients in self.gradients("trace", batch_size=min(few, self._batches.batch_size)):
+        for gradients in self.gradients("trace", batch_size=size):
             squares += float(np.sum(gradients.squares(center), dtype=np.float64))
         return squares / self.n
 

@@ -162,7 +162,7 @@ def spectrum(
     way = way_for(model, first, training, per_example, None, precise=False)
     if ways.batch_size(first[0]) > 1:
         ways.check_apart(model, *first)
-    passes = routes.Passes(model, batches, way, verbose)
+    passes = routes.Passes(model, batches, way, training, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(
             f"D has at most min(N, d) = {min(passes.n, passes.d)} eigenvalues that differ from 0. "

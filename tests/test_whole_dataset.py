@@ -308,6 +308,14 @@ def test_in_training_mode_each_batch_draws_its_own_masks_in_every_pass():
     np.testing.assert_array_equal(one.eigenvalues, again.eigenvalues)
     # All batches with the masks of the first would give 4 unlike gradients.
     assert in_batches.rank > 8
+    room = 16 * 64**2 + 4 * 21 * (3 * 4 + 20)
+    blocks, iterated = (
+        keras_rgd.spectrum(model, data, training=True, batch_size=4, verbose=False, **options)
+        for options in ({"method": "gram", "memory_limit": room}, {"method": "iterative", "k": 3})
+    )
+    for other in (blocks, iterated):
+        np.testing.assert_allclose(other.eigenvalues[:3], in_batches.eigenvalues[:3], rtol=1e-4)
+        np.testing.assert_allclose(other.trace, in_batches.trace, rtol=1e-5)
     np.testing.assert_allclose(in_batches.trace, one.trace, rtol=0.5)
 
 
