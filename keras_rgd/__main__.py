@@ -42,7 +42,7 @@ def _add_spectrum(commands):
     parser.add_argument("--training", action="store_true", help="layers in training mode")
     parser.add_argument("--per-example", choices=per_example.WAYS, default="auto")
     parser.add_argument("--method", choices=whole_dataset.METHODS, default="auto")
-    parser.add_argument("--memory-limit", type=float, default=8.0, help="in GiB")
+    parser.add_argument("--memory-limit", type=float, default=6.0, help="in GiB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out",

@@ -99,7 +99,7 @@ def spectrum(
     per_example="auto",
     seed=0,
     method="auto",
-    memory_limit=8 * 2**30,
+    memory_limit=6 * 2**30,
     verbose=True,
 ):
     """The spectrum of D over a whole data set, Eq. (2) of the paper, streamed in batches.
@@ -137,7 +137,7 @@ def spectrum(
             `0`.
         method: "gram", "covariance", "iterative" or "auto". Defaults to `"auto"`.
         memory_limit: what the method may hold beside the data and one batch's work, in bytes.
-            Defaults to 8 GiB.
+            Defaults to 6 GiB.
         verbose: whether to show progress bars. Defaults to `True`.
 
     Returns:
