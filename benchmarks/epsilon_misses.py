@@ -5,7 +5,7 @@ can be missed; so it is for a batch in pieces. This trains on the 8x8 digits tha
 ships, decomposes the Gram matrix of every batch besides, and prints how often and by how much.
 
     python benchmarks/epsilon_misses.py
-    python benchmarks/epsilon_misses.py --full-batch --models mlp cnn lstm --steps 200
+    python benchmarks/epsilon_misses.py --models mlp cnn --batch-sizes 64 1797 --microbatch-size 32
 """
 
 import argparse
@@ -81,17 +81,15 @@ def main():
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full-batch", action="store_true", help="all examples, in pieces of 300")
+    parser.add_argument("--microbatch-size", type=int, help="take batches in pieces")
     args = parser.parse_args()
-    pieces = None
-    if args.full_batch:
-        args.batch_sizes, pieces = [len(sklearn.datasets.load_digits().target)], 300
+    size = args.microbatch_size
     print("| model | N | c | steps | eps M_x >= 1 | worst | median | least |")
     print("|---|---|---|---|---|---|---|---|")
     for name in args.models:
         for n in args.batch_sizes:
             for c in args.fractions:
-                p = products(name, c, n, args.learning_rate, args.steps, args.seed, pieces)
+                p = products(name, c, n, args.learning_rate, args.steps, args.seed, size)
                 print(
                     f"| {name} | {n} | {c} | {len(p)} | {np.mean(p >= 1):.1%} | {p.max():.2f} "
                     f"| {np.median(p):.2f} | {p.min():.2f} |",

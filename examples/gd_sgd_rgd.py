@@ -19,13 +19,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import keras_rgd
 
 METHODS = ("GD", "RGD", "SGD")
 PAIRS = (("RGD", "GD"), ("SGD", "GD"), ("SGD", "RGD"))
 TOP = 10  # eigenvectors of D
-COLORS = {"GD": "tab:gray", "RGD": "tab:red", "SGD": "tab:blue"}
+COLORS = {"GD": "black", "RGD": "tab:red", "SGD": "tab:blue"}
 
 
 def main():
@@ -178,13 +179,16 @@ def draw(args, series):
     steps = series["step"][0]
 
     def curve(ax, name, label, color, style="-"):
-        values = series[name]
+        # At the start they are together, which a logarithm cannot show.
+        values = np.where(series[name] > 0, series[name], np.nan)
         ax.plot(steps, values.mean(0), style, color=color, label=label)
         ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
 
-    for name in METHODS:
-        curve(axes[0, 0], f"{name} loss", name, COLORS[name])
-        curve(axes[0, 1], f"{name} accuracy", name, COLORS[name])
+    for name in METHODS[::-1]:
+        # Gradient descent dashed and last: it may lie on the others.
+        style = "--" if name == "GD" else "-"
+        curve(axes[0, 0], f"{name} loss", name, COLORS[name], style)
+        curve(axes[0, 1], f"{name} accuracy", name, COLORS[name], style)
     for (a, b), color in zip(PAIRS, ("tab:red", "tab:blue", "tab:purple"), strict=True):
         curve(axes[1, 0], f"{a}-{b} distance", f"{a} to {b}", color)
         curve(axes[1, 1], f"{a}-{b} alignment", f"{a} - {b}", color)
@@ -193,7 +197,11 @@ def draw(args, series):
     axes[1, 1].axhline(series["chance"][0, 0], color="k", lw=1, ls=":", label="by chance")
     axes[0, 0].set_ylabel("training loss")
     axes[0, 0].set_yscale("log")
+    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
     axes[0, 1].set_ylabel("test accuracy")
+    axes[1, 0].set_yscale("log")
     axes[1, 0].set_ylabel("distance in weight space")
     axes[1, 1].set_ylabel(f"part of the square in D's top {TOP}")
     axes[1, 1].set_ylim(0, 1.02)
