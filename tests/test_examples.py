@@ -67,7 +67,7 @@ def test_the_networks_of_table_1_have_their_weights(examples):
         architectures.densenet(depth=12, growth=3)
 
 
-def test_a_resnet_may_be_saved(examples, tmp_path):
+def test_new_channels_of_a_shortcut_are_zero(examples):
     import architectures
 
     x = architectures.ChannelPadding(2)(tf.ones([1, 2, 2, 3]))

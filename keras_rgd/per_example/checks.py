@@ -230,7 +230,8 @@ def check_pieces(model, x, y, sample_weight, layers_are_apart):
         NotExactError: names the layer that mixes examples, draws random numbers where that hides
             mixing, or changes a weight in its forward pass; or the loss.
     """
-    x, y, sample_weight = first_examples((x, y, sample_weight), _EXAMPLES)
+    if takes_any_size(model):
+        x, y, sample_weight = first_examples((x, y, sample_weight), _EXAMPLES)
     mixing = None if layers_are_apart else _layer_that_mixes(model, x, training=True)
     if mixing is not None:
         raise NotExactError(_mixes(mixing), _PIECES_ADVICE)
@@ -266,23 +267,8 @@ def check_apart(model, x, y, sample_weight):
     half = n // 2
     # Signs, as a plain sum is nearly 0 at a minimum.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
-    try:
-        whole, masked = _signed_sum(model, batch, signs, half)
-        first, _ = _signed_sum(model, _examples(batch, 0, half), signs[:half], half)
-        rest, _ = _signed_sum(model, _examples(batch, half, n), signs[half:], 0)
-    except (ValueError, tf.errors.OpError):
-        if takes_any_size(model):
-            raise
-        return  # a model for one size alone
-    means = [(half * a + (n - half) * b) / n for a, b in zip(first[1], rest[1], strict=True)]
-    finite = all(bool(tf.math.is_finite(vectors.norm(t))) for t in (*whole, *first, *rest))
-    if masked or (
-        finite
-        and (
-            _first_unequal(model, whole[0], first[0]) is not None
-            or _first_unequal(model, whole[1], means) is not None
-        )
-    ):
+    whole, masked = _signed_sum(model, batch, signs, half)
+    if masked or not _parts_agree(model, batch, signs, whole):
         raise NotExactError(
             "The loss of an example changes with the batch it is in: a loss with reduction='sum', "
             "a masked output, whose valid steps are counted over the batch, or an add_loss that "
@@ -290,6 +276,24 @@ def check_apart(model, x, y, sample_weight):
             "Expected a loss with the default reduction, 'sum_over_batch_size', and no mask. "
             f"Received: loss={model.loss!r}.",
         )
+
+
+def _parts_agree(model, batch, signs, whole):
+    """Whether the two halves of a batch give what `_signed_sum` gave for the whole."""
+    n = len(signs)
+    half = n // 2
+    try:
+        first, _ = _signed_sum(model, _examples(batch, 0, half), signs[:half], half)
+        rest, _ = _signed_sum(model, _examples(batch, half, n), signs[half:], 0)
+    except (ValueError, tf.errors.OpError):
+        if takes_any_size(model):
+            raise
+        return True  # a model for one size alone, whose batches are all of that
+    if not all(bool(tf.math.is_finite(vectors.norm(t))) for t in (*whole, *first, *rest)):
+        return True  # said by its own error, once D is formed
+    means = [(half * a + (n - half) * b) / n for a, b in zip(first[1], rest[1], strict=True)]
+    unequal = (_first_unequal(model, a, b) for a, b in ((whole[0], first[0]), (whole[1], means)))
+    return all(name is None for name in unequal)
 
 
 def _signed_sum(model, batch, signs, count):
