@@ -18,8 +18,8 @@ from keras_rgd import bounds, vectors
 # docs/epsilon.md.
 ESTIMATE_MARGIN = 1.5
 
-# The same where the estimate goes on from step to step, over all examples.
-ITERATED_MARGIN = 1.2
+# The same where one pass over the examples was enough for the last step's vector: it still fits.
+SETTLED_MARGIN = 1.2
 
 # The estimate of the last batch stands while this batch's is within this factor of it.
 _AGREEMENT = 2.0
@@ -165,8 +165,8 @@ class DiffusionMatrix:
             start: likewise, of norm 1, or 0 for none.
 
         Returns:
-            D v, an `Image`; the largest eigenvalue in the unit `image.unit`**2, from below; and
-            where the next step may begin.
+            D v, an `Image`; the largest eigenvalue in the unit `image.unit`**2, estimated from
+            below and times its margin; and where the next step may begin.
         """
         norm = vectors.norm(v)
         unit = tf.where(norm > 0, norm, tf.ones_like(norm))
@@ -193,10 +193,12 @@ class DiffusionMatrix:
 
         begin = (0, first, norm, norm, norm, norm, v, zeros, zeros, zeros, zeros)
         end = tf.while_loop(go_on, one_pass, begin)
-        _, _, _, largest, size, alpha, direction, top, *_ = end
+        passes, _, _, largest, size, alpha, direction, top, *_ = end
         image = Image(norm=norm, size=size, alpha=alpha, direction=direction)
         own = tf.square(alpha / image.unit)
-        return image, tf.maximum(largest * tf.square(unit / image.unit), own), top
+        estimate = tf.maximum(largest * tf.square(unit / image.unit), own)
+        margins = estimate * SETTLED_MARGIN, estimate * ESTIMATE_MARGIN
+        return image, tf.where(passes == 1, *margins), top
 
     def _images_in_one_pass(self, v, q, unit):
         """D v as an `Image`, and D q in the unit `unit`**2, for v and q of norm 1 or 0."""

@@ -162,11 +162,13 @@ class Fraction(Rule):
         self.c = c
 
     def __call__(self, spectrum, iteration):
-        c = self.c
-        if not isinstance(c, float):
+        dtype = spectrum.lambda_max.dtype
+        if isinstance(self.c, float):
+            c = tf.constant(self.c, dtype)
+        else:
             # A schedule knows no bounds; the paper's eps < 1/M_x holds all the same.
-            c = tf.clip_by_value(tf.cast(c(iteration), spectrum.lambda_max.dtype), 0, _JUST_UNDER)
-        return tf.math.divide_no_nan(tf.cast(c, spectrum.lambda_max.dtype), spectrum.lambda_max)
+            c = tf.clip_by_value(tf.cast(self.c(iteration), dtype), 0, _JUST_UNDER)
+        return tf.math.divide_no_nan(c, spectrum.lambda_max)
 
     def get_config(self):
         if isinstance(self.c, float):
@@ -198,7 +200,7 @@ class Fixed(Rule):
         return self._told(spectrum) > epsilon
 
     def _told(self, spectrum):
-        return tf.cast(self.value, spectrum.unit.dtype) * spectrum.unit * spectrum.unit
+        return tf.constant(self.value, spectrum.unit.dtype) * spectrum.unit * spectrum.unit
 
     def get_config(self):
         return {"value": self.value}
@@ -266,7 +268,7 @@ def get(epsilon):
 def _below_bound(spectrum, where_zero=None):
     where_zero = spectrum.lambda_max.dtype.max if where_zero is None else where_zero
     below = tf.math.divide_no_nan(
-        tf.cast(_JUST_UNDER, spectrum.lambda_max.dtype), spectrum.lambda_max
+        tf.constant(_JUST_UNDER, spectrum.lambda_max.dtype), spectrum.lambda_max
     )
     return tf.where(spectrum.lambda_max > 0, below, where_zero)
 

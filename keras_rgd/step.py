@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_rgd import bounds, vectors
-from keras_rgd.diffusion import ESTIMATE_MARGIN, ITERATED_MARGIN, DiffusionMatrix
+from keras_rgd.diffusion import ESTIMATE_MARGIN, DiffusionMatrix
 from keras_rgd.epsilon import GramSpectrum, SpectralMeasure
 
 
@@ -33,8 +33,8 @@ def iterated_step_of(gradients, start):
         A `MatvecStep`; where the next step may start.
     """
     D = DiffusionMatrix(gradients)
-    image, estimate, top = D.iterate(gradients.gradient, start)
-    return MatvecStep(gradients, image, estimate * ITERATED_MARGIN), top
+    image, lambda_max, top = D.iterate(gradients.gradient, start)
+    return MatvecStep(gradients, image, lambda_max), top
 
 
 class GramStep:

@@ -92,7 +92,7 @@ def test_the_step_is_that_of_a_dense_D():
     same(after, before - 0.5 * dense.direction(epsilon))
     # Twice the regularizer is in v, not in D.
     assert np.linalg.norm(dense.v - dense.G.mean(0)) > 0.01
-    assert 1.0 <= float(optimizer.lambda_max) / dense.lambda_max <= 1.2 + 1e-5
+    assert 1.0 <= float(optimizer.lambda_max) / dense.lambda_max <= 1.5 + 1e-5
     np.testing.assert_allclose(epsilon * float(optimizer.lambda_max), 0.5, rtol=1e-5)
     error = float(optimizer.step_weak_field_error)
     assert error >= 0.999 * dense.error_on_step(epsilon)
@@ -105,7 +105,7 @@ def test_the_largest_eigenvalue_is_found_from_step_to_step():
     for _ in range(5):
         true = keras_rgd.diffusion_matrix(model, x, y).top_eigenvalue()
         model.train_on_batch(x, y)
-        assert 0.95 <= float(model.optimizer.lambda_max) / true <= 1.2 + 1e-4
+        assert 1.0 <= float(model.optimizer.lambda_max) / true <= 1.5 + 1e-4
 
 
 def test_equal_gradients_make_it_gradient_descent():
