@@ -13,6 +13,7 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from keras_rgd import bounds, vectors
+from keras_rgd.bounds import machine_epsilon
 
 # Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
 # docs/epsilon.md.
@@ -30,6 +31,9 @@ _GROWTH = 0.05
 
 # Where products are passes over a whole data set, the estimate stands with so small a residual.
 _SETTLED = 0.1
+
+# What is rounding, in the last digits of the gradients.
+_NOISE = 32
 
 # Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
 LARGEST_RELATIVE_CUT = 0.05
@@ -358,6 +362,9 @@ class DiffusionMatrix:
             k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
             if not np.all(np.isfinite(k)):
                 raise NotFiniteError(NOT_FINITE)
+            # Gradients that differ by rounding alone have no variance.
+            noise = _NOISE * machine_epsilon(self.gradients.dtype) * float(vectors.norm(mean))
+            k *= self.n_examples * np.max(np.diag(k)) > noise**2
             # Centred again in float64: (1, ..., 1) is an exact null vector, so rank <= N - 1.
             k -= k.mean(0, keepdims=True)
             k -= k.mean(1, keepdims=True)
@@ -394,6 +401,6 @@ def _above_noise(centred, largest):
         centred: k less its mean, shape (N,).
         largest: the largest |k|.
     """
-    noise = 32 * np.finfo(centred.dtype.as_numpy_dtype).eps * largest
+    noise = _NOISE * machine_epsilon(centred.dtype) * largest
     real = tf.reduce_max(tf.abs(centred)) > noise
     return tf.where(real, centred, tf.zeros_like(centred)), noise

@@ -40,7 +40,7 @@ class DiffusionMetric:
         self.epsilon = float(epsilon)
 
     def apply(self, v):
-        """(I + eps D) v, for v a list of tensors shaped as the weights."""
+        """(I + eps D) v, which lowers v's index, for v a list of tensors shaped as the weights."""
         return self._plus(v, self.epsilon)
 
     def weak_inverse(self, v):
@@ -48,18 +48,29 @@ class DiffusionMetric:
         return self._plus(v, -self.epsilon)
 
     def inverse(self, v):
-        """(I + eps D)^-1 v exactly, by the N x N system.
+        """(I + eps D)^-1 v, which raises v's index exactly, by the N x N system.
 
         v - (eps/N) G^T H (I + eps K)^-1 H G v (Woodbury), solved in float64.
         """
+        return inverse_product(self.diffusion_matrix, self.epsilon, v)
+
+    def inner(self, u, v):
+        """<u, (I + eps D) v>, the inner product in the metric, a float.
+
+        Args:
+            u: a list of tensors shaped as the weights.
+            v: likewise.
+        """
+        u = self.diffusion_matrix.vector(u)
+        return float(vectors.inner(u, self.apply(v)))
+
+    def norm(self, v):
+        """The length of v in the metric, a float, for v a list of tensors shaped as the weights."""
         D = self.diffusion_matrix
         v = D.vector(v)
-        n = D.n_examples
         k = D.gradients.dot(v).numpy().astype(np.float64)
-        system = np.eye(n) + self.epsilon * D.centered_gram()
-        solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
-        weights = tf.constant(solution - solution.mean(), D.gradients.dtype)
-        return vectors.add(v, D.gradients.combine(weights), -self.epsilon / n)
+        # A sum of squares: no difference of large numbers.
+        return math.sqrt(float(vectors.norm(v)) ** 2 + self.epsilon * np.mean((k - k.mean()) ** 2))
 
     def weak_field_error(self, v=None):
         """How far the weak-field inverse is from the exact one.
@@ -81,6 +92,18 @@ class DiffusionMetric:
         D = self.diffusion_matrix
         v = D.vector(v)
         return vectors.add(v, D.matvec(v), factor)
+
+
+def inverse_product(diffusion_matrix, epsilon, v):
+    """(I + eps D)^-1 v exactly, for any eps >= 0; see `DiffusionMetric.inverse`."""
+    D = diffusion_matrix
+    v = D.vector(v)
+    n = D.n_examples
+    k = D.gradients.dot(v).numpy().astype(np.float64)
+    system = np.eye(n) + epsilon * D.centered_gram()
+    solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
+    weights = tf.constant(solution - solution.mean(), D.gradients.dtype)
+    return vectors.add(v, D.gradients.combine(weights), -epsilon / n)
 
 
 def weak_field_error(eigenvalues, epsilon):

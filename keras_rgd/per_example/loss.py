@@ -77,7 +77,7 @@ def example_losses(model, x, y, y_pred, sample_weight, u, training):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(u)
             weights = _weights(model, x, y, y_pred, sample_weight, u, training)
-            loss = _compute_loss(model, x, y, y_pred, weights, training)
+            loss = compute_loss(model, x, y, y_pred, weights, training)
         if loss.shape.rank != 0:
             raise ValueError(
                 "The loss must be reduced to a scalar over the batch. Expected a loss with "
@@ -102,7 +102,8 @@ def example_losses(model, x, y, y_pred, sample_weight, u, training):
     return loss, derivatives
 
 
-def _compute_loss(model, x, y, y_pred, sample_weight, training):
+def compute_loss(model, x, y, y_pred, sample_weight, training):
+    """What `model.compute_loss` returns, a tensor."""
     # `training` came to compute_loss in Keras 3.3; models written before do not take it.
     arguments = dict(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
     if "training" in inspect.signature(model.compute_loss).parameters:
@@ -202,7 +203,7 @@ def _tracer(model, x, y, y_pred, training):
         tensors = iter(tensors)
         packed = [None if t is None else next(tensors) for t in flat]
         packed = keras.tree.pack_sequence_as(arguments, packed)
-        return _compute_loss(model, *packed, None, training)
+        return compute_loss(model, *packed, None, training)
 
     def trace():
         tf.function(compute, autograph=False).get_concrete_function(*specs)
