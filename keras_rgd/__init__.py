@@ -1,6 +1,6 @@
 """Relativistic gradient descent and the diffusion matrix of SGD's noise, for Keras."""
 
-from keras_rgd import epsilon
+from keras_rgd import epsilon, geometry
 from keras_rgd.conversion import to_rgd
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.measurement import diffusion_matrix
@@ -28,6 +28,7 @@ __all__ = [
     "Spectrum",
     "diffusion_matrix",
     "epsilon",
+    "geometry",
     "load_records",
     "per_example_gradients",
     "plot_spectrum",

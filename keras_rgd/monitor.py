@@ -1,6 +1,7 @@
 """DiffusionMonitor: a Keras callback that records D after each epoch."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import threading
@@ -13,6 +14,8 @@ import tensorflow as tf
 from keras_rgd import batches, summaries
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import per_example as ways
+from keras_rgd.geometry.neglected import pointwise_terms
+from keras_rgd.geometry.point import Point
 from keras_rgd.measurement import Measurement, as_batch
 from keras_rgd.model import inner_rgd
 from keras_rgd.record import load_records, save_records
@@ -50,6 +53,9 @@ class DiffusionMonitor(keras.callbacks.Callback):
         epsilon: the rule for eps where the optimizer is not `RGD`, whose own rule is used
             otherwise; as `RGD`'s argument. Defaults to `0.5`.
         per_example: as in `keras_rgd.diffusion_matrix`. Defaults to `"auto"`.
+        neglected_terms: whether to record what Eq. (10) neglects at each measured point as well
+            (`neglected_curvature` and three more; `keras_rgd.geometry.neglected_terms` has them
+            along a whole flow). In evaluation mode. Defaults to `False`.
         verbose: whether a measurement of more than a second shows that it runs. Defaults to
             `True`.
 
@@ -70,6 +76,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
         training=False,
         epsilon=0.5,
         per_example="auto",
+        neglected_terms=False,
         verbose=True,
     ):
         super().__init__()
@@ -78,13 +85,19 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 f"`examples` must be a positive integer. Received: examples={examples!r}"
             )
         ways.check_way(per_example, chunk_size)
+        if neglected_terms and training:
+            raise ValueError(
+                "`neglected_terms` are those of evaluation mode. Received: neglected_terms=True, "
+                "training=True"
+            )
         self.records = []
         self._data = _first_examples(data, int(examples))
         self._rule = epsilon_rules.get(epsilon)
         self._log_dir = None if log_dir is None else os.path.join(log_dir, "diffusion")
         self._options = (training, per_example, chunk_size)
+        self._neglected = neglected_terms
         self._verbose = verbose
-        self._measurement = None
+        self._measurement = self._point = None
         self._writer = None
 
     def on_train_begin(self, logs=None):
@@ -99,6 +112,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
     def _prepare(self):
         batch = as_batch(self.model, *self._data)
         self._measurement = Measurement(self.model, batch, *self._options)
+        self._point = Point(self.model, *batch, compiled=True) if self._neglected else None
 
     def on_epoch_end(self, epoch, logs=None):
         """Measure, record, and put the main numbers into `logs`."""
@@ -109,12 +123,16 @@ class DiffusionMonitor(keras.callbacks.Callback):
             # Layers may have been frozen since.
             if self._measurement is None or not self._measurement.is_of(self.model):
                 self._prepare()
+            rule = self._rule if rgd is None else rgd.epsilon
             record = self._measurement(
-                self._rule if rgd is None else rgd.epsilon,
+                rule,
                 epoch=epoch,
                 step=int(optimizer.iterations),
                 step_epsilon=float(logs.get("step_epsilon", math.nan)),
             )
+            if self._neglected and math.isfinite(record.epsilon):
+                terms = pointwise_terms(self._point, rule, record.epsilon)
+                record = dataclasses.replace(record, **terms)
         self.records.append(record)
         logs.update({name: _number(getattr(record, name)) for name in _LOGGED})
         if self._writer is not None:
@@ -122,7 +140,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Close the TensorBoard file."""
-        self._measurement = None
+        self._measurement = self._point = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -52,6 +52,11 @@ class DiffusionRecord:
     overlap: float  # tr(P_t P_s) / k with the last record's top k <= 10; NaN the first time
     gradient_norm: float  # |v|
     noise_scale: float  # tr S / |G|^2, unbiased (arXiv 1812.06162), in examples; NaN if |G|^2 <= 0
+    # What Eq. (10) neglects with its own velocity; NaN unless the monitor was asked for it.
+    neglected_curvature: float = math.nan  # |eps Cov_i(f_i, H_i x')| / |v|
+    neglected_acceleration: float = math.nan  # |eps D x''| / |dv/dt|
+    neglected_christoffel: float = math.nan  # O(eps^2) of Eq. (7) / |dv/dt|
+    neglected_epsilon: float = math.nan  # of the derivative of eps(x) / |dv/dt|
 
     def __post_init__(self):
         self.eigenvalues.flags.writeable = False

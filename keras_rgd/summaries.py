@@ -27,6 +27,10 @@ _SCALARS = {
     "overlap": "Of the top eigenspaces of this epoch and the last, tr(P_t P_s) / k.",
     "gradient_norm": "|v|, the gradient of the loss on the measured examples.",
     "noise_scale": "Gradient noise scale tr S / |G|^2 (1812.06162), in examples.",
+    "neglected_curvature": "|eps Cov_i(f_i, H_i x')| / |v|: what Eq. (10) drops, at its velocity.",
+    "neglected_acceleration": "|eps D x''| / |dv/dt|: likewise, of a time integral.",
+    "neglected_christoffel": "What is O(eps^2) in Eq. (7) / |dv/dt|: likewise.",
+    "neglected_epsilon": "Of the derivative of eps(x) / |dv/dt|: likewise.",
     "seconds": "What the measurement took.",
 }
 

@@ -155,3 +155,45 @@ def test_the_first_notebook_runs(tmp_path):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 2
+
+
+def test_the_two_layer_network_is_that_of_its_closed_form(tmp_path):
+    script = ROOT / "examples" / "two_layer_network.py"
+    result = run(script, "--duration", "0.5", "--runs", "5", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    differences = re.findall(
+        r"^\| (D|g|inverse of g|Christoffel symbols) .*\| (\S+) \|$", result.stdout, re.M
+    )
+    assert len(differences) == 4
+    assert all(float(value) < 1e-12 for _, value in differences), differences
+    assert (tmp_path / "two_layer_network_out" / "two_layer_network.png").stat().st_size > 10_000
+
+
+def test_the_limit_cycle_turns_where_descent_on_the_potential_rests(tmp_path):
+    result = run(ROOT / "examples" / "limit_cycle.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = re.findall(
+        r"^\| ([\d.]+) \| ([^|]*(?:\|x\|)?[^|]*) \| (\S+) \| (at rest) \| 0.0 \| (\S+) \|$",
+        result.stdout,
+        re.M,
+    )
+    assert [row[0] for row in rows] == ["0", "0.5", "1.5"]
+    assert rows[0][1] == rows[1][1] == "at rest" and rows[2][1].startswith("moving")
+    assert float(rows[2][2]) > 20
+    turning = [float(row[4]) for row in rows]
+    assert abs(turning[0]) < 1 < 4 < turning[1] < turning[2]
+    assert (tmp_path / "limit_cycle_out" / "limit_cycle.png").stat().st_size > 10_000
+
+
+def test_the_chain_of_approximations_is_measured(tmp_path):
+    options = ["--networks", "softmax_regression", "--fractions", "0.5", "--examples", "20"]
+    options += ["--duration", "0.5", "--runs", "5", "--steps", "2"]
+    result = run(ROOT / "examples" / "geometry_chain.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (cells,) = re.findall(r"^\| softmax_regression \| (.*) \|$", result.stdout, re.M)
+    d, fraction, to_gd, to_geodesic, to_metric, *_ = cells.split(" | ")
+    assert (d, fraction) == ("650", "0.5")
+    assert 0 < float(to_metric) <= float(to_geodesic) < float(to_gd)
+    off = re.search(r"off by at most (\S+)", result.stdout)
+    assert float(off.group(1)) < 1e-6
+    assert (tmp_path / "geometry_chain_out" / "geometry_chain.png").stat().st_size > 10_000

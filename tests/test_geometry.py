@@ -858,3 +858,45 @@ def test_float32_models_flow_within_their_own_precision():
     ]
     same(flows[0].positions, flows[1].positions, 1e-4)
     assert flows[0].evaluations < 2000
+
+
+# In the monitor
+
+
+@on("mlp")
+@pytest.mark.parametrize("rule", [Fraction(C), WeakField(0.05)])
+def test_the_monitor_records_what_equation_10_neglects(network, rule):
+    dense, model = network.dense, network.model
+    model.compile(keras.optimizers.SGD(0.0), model.loss)
+    monitor = keras_rgd.DiffusionMonitor((X, LABELS), epsilon=rule, neglected_terms=True)
+    model.fit(X, LABELS, epochs=1, verbose=0, callbacks=[monitor])
+    (record,) = monitor.records
+    x, eps = network.start, record.epsilon
+    varies = isinstance(rule, Fraction)
+
+    def velocity(w):
+        return dense.rgd(w, C / dense.lambda_max(w) if varies else eps)
+
+    x1, f, H, D = velocity(x), dense.losses(x), dense.H(x), dense.D(x)
+    x2 = (velocity(x + 1e-5 * x1) - velocity(x - 1e-5 * x1)) / 2e-5
+    change = np.linalg.norm(dense.loss_hessian(x) @ x1)
+    moved = (f - f.mean()) @ (H @ x1) / len(f)
+    symbols = dense.christoffel(x, eps, True) - dense.christoffel(x, eps, False)
+    expected = {
+        "curvature": np.linalg.norm(eps * moved) / np.linalg.norm(dense.v(x)),
+        "acceleration": np.linalg.norm(eps * D @ x2) / change,
+        "christoffel": np.linalg.norm(np.einsum("wuv,u,v->w", symbols, x1, x1)) / change,
+    }
+    for name, value in expected.items():
+        assert getattr(record, f"neglected_{name}") == pytest.approx(value, rel=1e-6), name
+    if not varies:
+        assert np.isnan(record.neglected_epsilon)
+        return
+    slope = finite_differences(lambda w: C / dense.lambda_max(w), x)
+    R = x1 @ D @ x1 * slope / 2 - slope @ x1 * moved
+    assert record.neglected_epsilon == pytest.approx(np.linalg.norm(R) / change, rel=1e-6)
+
+
+def test_the_monitor_neglects_in_evaluation_mode_alone():
+    with pytest.raises(ValueError, match="neglected_terms=True, training=True"):
+        keras_rgd.DiffusionMonitor((X, LABELS), neglected_terms=True, training=True)

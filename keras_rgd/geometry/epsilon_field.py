@@ -34,34 +34,45 @@ class EpsilonField:
         return choose_epsilon(D, self._rule, v) if self.constant is None else self.constant
 
     def gradient(self, D, v):
-        """The gradient of eps, a list of tensors shaped as the weights; `None` where it is 0.
-
-        For eps = c / lambda_max it is -eps / lambda_max times that of lambda_max, which is
-        2 Cov_i(<g_i, e>, H_i e) for the top eigenvector e, where lambda_max is simple.
-
-        Raises:
-            ValueError: it is not known, or lambda_max is not simple.
-        """
+        """The gradient of eps, as `epsilon_gradient`; `None` where it is 0."""
         if self.constant is not None:
             return None
-        top = D.top_eigenvalue()
-        if isinstance(self._rule, epsilon_rules.Fixed):
-            if self._rule.value * top < 1:
-                return None
-        elif not isinstance(self._rule, epsilon_rules.Fraction):
-            raise ValueError(
-                "The derivative of eps(x) is known for a number, Fixed and Fraction. "
-                f"Received: epsilon={self._rule!r}"
-            )
-        if top <= 0:
+        return epsilon_gradient(self._point, D, self._rule, self.at(D, v))
+
+
+def epsilon_gradient(point, D, rule, epsilon):
+    """The gradient of eps by a rule, a list of tensors shaped as the weights; `None` where it is 0.
+
+    For eps = c / lambda_max it is -eps / lambda_max times that of lambda_max, which is
+    2 Cov_i(<g_i, e>, H_i e) for the top eigenvector e, where lambda_max is simple.
+
+    Args:
+        point: a `Point`.
+        D: its `diffusion_matrix()`.
+        rule: a rule of `keras_rgd.epsilon`.
+        epsilon: what it chose there, a float.
+
+    Raises:
+        ValueError: it is not known, or lambda_max is not simple.
+    """
+    top = D.top_eigenvalue()
+    if isinstance(rule, epsilon_rules.Fixed):
+        if rule.value * top < 1:
             return None
-        second = D.eigenvalues()[1] if min(D.n_examples, D.n_weights) > 1 else 0.0
-        if second > top * (1 - _SIMPLE):
-            raise ValueError(
-                "lambda_max is not a simple eigenvalue here, so eps = c / lambda_max has no "
-                f"derivative: the two largest are {top:.8g} and {second:.8g}. Write eps as a "
-                "number to hold it constant."
-            )
-        e = [t[0] for t in D.eigenvectors(1)]
-        slope = self._point.covariance_hessian(self._point.derivatives.dot(e), e)
-        return vectors.scale(slope, -2 * self.at(D, v) / top)
+    elif not isinstance(rule, epsilon_rules.Fraction):
+        raise ValueError(
+            "The derivative of eps(x) is known for a number, Fixed and Fraction. "
+            f"Received: epsilon={rule!r}"
+        )
+    if top <= 0:
+        return None
+    second = D.eigenvalues()[1] if min(D.n_examples, D.n_weights) > 1 else 0.0
+    if second > top * (1 - _SIMPLE):
+        raise ValueError(
+            "lambda_max is not a simple eigenvalue here, so eps = c / lambda_max has no "
+            f"derivative: the two largest are {top:.8g} and {second:.8g}. Write eps as a "
+            "number to hold it constant."
+        )
+    e = [t[0] for t in D.eigenvectors(1)]
+    slope = point.covariance_hessian(point.derivatives.dot(e), e)
+    return vectors.scale(slope, -2 * epsilon / top)

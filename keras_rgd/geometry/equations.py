@@ -63,16 +63,10 @@ class RelativisticDescent(Equation):
         return -flat(vectors.add(v, self.point.product(v), -self.epsilon.at(D, v)))
 
     def acceleration(self, velocity):
-        point = self.point
-        v, D = point.gradient(), point.diffusion_matrix()
-        epsilon = self.epsilon.at(D, v)
-        change = point.derivatives.loss_hessian(velocity)
-        result = vectors.add(vectors.scale(change, -1.0), point.product(change), epsilon)
-        result = vectors.add(result, point.product_change(velocity, v), epsilon)
-        slope = self.epsilon.gradient(D, v)
-        if slope is None:
-            return result
-        return vectors.add(result, point.product(v), vectors.inner(slope, velocity))
+        v, D = self.point.gradient(), self.point.diffusion_matrix()
+        epsilon, slope = self.epsilon.at(D, v), self.epsilon.gradient(D, v)
+        change = self.point.derivatives.loss_hessian(velocity)
+        return rgd_acceleration(self.point, velocity, v, change, epsilon, slope)
 
 
 class Geodesic(Equation):
@@ -107,6 +101,24 @@ class Geodesic(Equation):
         if not self.exact:
             return lowered
         return inverse_product(point.diffusion_matrix(), epsilon, lowered)
+
+
+def rgd_acceleration(point, velocity, v, change, epsilon, slope):
+    """The derivative by time of -(I - eps D) v, a list of tensors.
+
+    Args:
+        point: a `Point`.
+        velocity: dx/dt, like the others a list of tensors shaped as the weights.
+        v: the gradient.
+        change: its derivative by time.
+        epsilon: eps, a float.
+        slope: its gradient, or `None`.
+    """
+    result = vectors.add(vectors.scale(change, -1.0), point.product(change), epsilon)
+    result = vectors.add(result, point.product_change(velocity, v), epsilon)
+    if slope is None:
+        return result
+    return vectors.add(result, point.product(v), vectors.inner(slope, velocity))
 
 
 def flat(v):

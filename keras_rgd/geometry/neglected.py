@@ -14,12 +14,13 @@ derivative of eps, R = <x', D x'> grad eps / 2 - (d eps/dt) Cov_i(f_i, H_i x').
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 from keras_rgd import vectors
-from keras_rgd.geometry.epsilon_field import EpsilonField
-from keras_rgd.geometry.equations import flat
+from keras_rgd.geometry.epsilon_field import EpsilonField, epsilon_gradient
+from keras_rgd.geometry.equations import flat, rgd_acceleration
 from keras_rgd.metric import inverse_product
 from keras_rgd.progress import progress_bar
 
@@ -128,6 +129,47 @@ class _Moment:
         return self.epsilon * flat(self.point.covariance_hessian(self.losses, self.velocity))
 
 
+def pointwise_terms(point, rule, epsilon):
+    """What Eq. (10) neglects at the model's weights, with the velocity that it has there.
+
+    Args:
+        point: a `Point`.
+        rule: a rule of `keras_rgd.epsilon`.
+        epsilon: what it chose here, a float.
+
+    Returns:
+        A dictionary of floats. Relative to |grad L|: `neglected_curvature`, eps Cov_i(f_i, H_i x').
+        Integrands, relative to |d/dt grad L|: `neglected_acceleration`, eps D x'';
+        `neglected_christoffel`, (Gamma exact - Gamma weak)(x', x'); `neglected_epsilon`, R, NaN
+        where the rule has no derivative, and eps then counts as constant in x''.
+    """
+    with point.visiting():
+        v, D = point.gradient(), point.diffusion_matrix()
+        try:
+            slope, known = epsilon_gradient(point, D, rule, epsilon), True
+        except ValueError:
+            slope, known = None, False
+        velocity = vectors.scale(vectors.add(v, point.product(v), -epsilon), -1.0)
+        change = point.derivatives.loss_hessian(velocity)
+        acceleration = rgd_acceleration(point, velocity, v, change, epsilon, slope)
+        losses = point.derivatives.losses()
+        symbols = point.christoffel(velocity, velocity, epsilon)
+        raised = inverse_product(D, epsilon, symbols)
+        terms = {
+            "curvature": (epsilon * flat(point.covariance_hessian(losses, velocity)), v),
+            "acceleration": (epsilon * flat(point.product(acceleration)), change),
+            "christoffel": (flat(raised) - flat(symbols), change),
+            "epsilon": (_epsilon_term(point, velocity, losses, slope), change),
+        }
+    sizes = {f"neglected_{name}": _ratio(term, flat(to)) for name, (term, to) in terms.items()}
+    return sizes if known else sizes | {"neglected_epsilon": math.nan}
+
+
+def _ratio(a, b):
+    size = np.linalg.norm(b)
+    return float(np.linalg.norm(a) / size) if size > 0 else math.nan
+
+
 def _integrands(moment):
     """The integrals' derivatives by time, each a flat vector."""
     point, epsilon, x1 = moment.point, moment.epsilon, moment.velocity
@@ -138,19 +180,18 @@ def _integrands(moment):
         "third": epsilon * flat(point.covariance_third(moment.losses, x1, x1)),
         "acceleration": epsilon * flat(point.covariance_hessian(moment.losses, x2)),
         "total": epsilon * flat(point.product(x2)),
-        "epsilon": _epsilon_term(moment),
+        "epsilon": _epsilon_term(point, x1, moment.losses, moment.epsilon_gradient),
         "christoffel": flat(weak) - flat(raised),
     }
 
 
-def _epsilon_term(moment):
-    """R, what the derivative of eps(x) adds, a flat vector; 0 where eps is constant."""
-    point, x1, slope = moment.point, moment.velocity, moment.epsilon_gradient
+def _epsilon_term(point, velocity, losses, slope):
+    """R, what the gradient of eps(x) adds, a flat vector; 0 where that is `None`."""
     if slope is None:
         return np.zeros(point.d)
-    stretch = float(vectors.inner(x1, point.product(x1)))
-    change = float(vectors.inner(slope, x1))
-    moved = flat(point.covariance_hessian(moment.losses, x1))
+    stretch = float(vectors.inner(velocity, point.product(velocity)))
+    change = float(vectors.inner(slope, velocity))
+    moved = flat(point.covariance_hessian(losses, velocity))
     return stretch / 2 * flat(slope) - change * moved
 
 
