@@ -55,7 +55,7 @@ def mlp(x, y):
 def cnn(x, y):
     stack = [
         layers.Conv2D(4, 3, activation="gelu"),
-        layers.AveragePooling2D(),
+        layers.AveragePooling2D(2),
         layers.LayerNormalization(),
         layers.Flatten(),
         layers.Dense(10),

@@ -53,8 +53,8 @@ class RGD(keras.optimizers.Optimizer):
             whole data set (`fit(batch_size=N)`: Eq. 10 as a deterministic system), is then taken
             in pieces: one pass over them for v, and one for D v and M_x, up to eight until M_x's
             residual is a tenth of it. M_x is then an estimate, from an iteration that goes on from
-            step to step, times 1.2. No example may enter another's loss. Defaults to `None`,
-            batches are taken whole.
+            step to step, times 1.2, or 1.5 where one pass was not enough. No example may enter
+            another's loss. Defaults to `None`, batches are taken whole.
         weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name: as in
             every Keras optimizer.

@@ -15,10 +15,13 @@ MODES = ("graph", "xla")
 
 
 def modes(way, name):
-    """The modes in which a case's step is taken: compiling the lanes of all would take minutes."""
-    if way == "vectorized_map" and name not in cases.ONE_OF_EACH_KIND:
-        return MODES[:1]
-    return MODES
+    """The modes in which a case's step is taken.
+
+    XLA compiles what "auto" takes for every case, the rest for one case of each kind: compiling all
+    would take minutes.
+    """
+    auto = "double_backward" if cases.BY_NAME[name].opaque else "layerwise"
+    return MODES if way == auto or name in cases.ONE_OF_EACH_KIND else MODES[:1]
 
 
 @dataclasses.dataclass(frozen=True)

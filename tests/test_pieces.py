@@ -29,11 +29,6 @@ def mlp(regularizer="l2"):
     return keras_rgd.RGDSequential([keras.Input((64,)), hidden, L.Dense(10)])
 
 
-def lstm():
-    keras.utils.set_random_seed(3)
-    return keras_rgd.RGDSequential([keras.Input((64,)), L.Reshape((8, 8)), L.LSTM(5), L.Dense(10)])
-
-
 def fitted(model, microbatch_size, *, n=N, steps=3, way="auto", xla=False, weights=None, **options):
     """(weights after some full-batch steps, the history, the optimizer)."""
     optimizer = keras_rgd.RGD(0.5, per_example=way, microbatch_size=microbatch_size, **options)
@@ -60,7 +55,6 @@ REST = 150  # leaves one
         (mlp, "layerwise", True, (N, N // 4)),
         (mlp, "double_backward", False, (N, N // 32, REST)),
         (mlp, "vectorized_map", False, (N, REST)),
-        (lstm, "double_backward", False, (N, 400)),
     ],
 )
 def test_pieces_of_any_size_take_the_same_steps(build, way, xla, sizes):

@@ -14,6 +14,8 @@ from keras_rgd import vectors
 from keras_rgd.per_example.interface import working_dtype
 from keras_rgd.per_example.loss import batch_size, call_model, example_losses
 
+_HALF = {"float16", "bfloat16"}
+
 OPERATIONS = ("losses", "loss_and_gradient", "loss_hessian", "dot", "combine")
 OPERATIONS += ("hessian", "second", "third")
 
@@ -112,8 +114,17 @@ class Derivatives:
     def check(self):
         """Raise `ValueError` where second derivatives would be those of another function.
 
-        What hides behind tf.stop_gradient is missing from them, also where the first are right.
+        What hides behind tf.stop_gradient is missing from them, also where the first are right; in
+        half precision they are mostly rounding.
         """
+        half = {layer.compute_dtype for layer in self._model._flatten_layers()} & _HALF
+        if half:
+            raise ValueError(
+                f"Model '{self._model.name}' computes in half precision, which second derivatives "
+                "do not survive. Expected layers of float32 or float64 (best float64: "
+                "keras.config.set_floatx and set_dtype_policy before the model is built). "
+                f"Received: {', '.join(sorted(half))}"
+            )
         graph = tf.function(self.losses, autograph=False).get_concrete_function().graph
         handles = [w.handle for w in self.weights]
         depends = {id(i) for e, i in graph.captures if any(e is handle for handle in handles)}

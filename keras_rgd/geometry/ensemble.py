@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_rgd import per_example as ways
 from keras_rgd.geometry.point import Point
 from keras_rgd.per_example.loss import call_model, compute_loss
-from keras_rgd.progress import progress_bar
+from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 # A covariance of more entries than this is not formed.
 _LARGEST_COVARIANCE = 5_000
@@ -80,7 +80,7 @@ def sgd_ensemble(
     replacement=True,
     seed=0,
     sample_weight=None,
-    verbose=False,
+    verbose=True,
 ):
     """SGD from the model's weights, again and again with other mini-batches, Eq. (1).
 
@@ -100,7 +100,7 @@ def sgd_ensemble(
             covariance is D / |B|; `False` draws each batch without. Defaults to `True`.
         seed: of all runs' batches. Defaults to `0`.
         sample_weight: the examples' weights in the loss. Defaults to `None`.
-        verbose: whether to show a progress bar. Defaults to `False`.
+        verbose: whether work of more than two seconds shows a progress bar. Defaults to `True`.
 
     Returns:
         An `Ensemble`.
@@ -129,7 +129,7 @@ def sgd_ensemble(
     moments = -(-steps // every)
     start = point.flat_weights()
     positions = np.empty((runs, 1 + moments, point.d), point.dtype.as_numpy_dtype)
-    with point.visiting(), progress_bar("SGD", runs, verbose) as advance:
+    with point.visiting(), progress_bar("SGD", runs, verbose, after=SHOWN_AFTER) as advance:
         for run in range(runs):
             point.move_to(start)
             positions[run, 0] = start

@@ -5,6 +5,8 @@ integrators do the integration, in float64; the derivatives are in the weights' 
 """
 
 import dataclasses
+import math
+import numbers
 import time
 from collections.abc import Callable
 
@@ -15,7 +17,7 @@ import tensorflow as tf
 from keras_rgd.diffusion import NotFiniteError
 from keras_rgd.geometry.equations import Equation, Geodesic, GradientDescent, RelativisticDescent
 from keras_rgd.geometry.point import Point
-from keras_rgd.progress import progress_bar
+from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 # Tolerances of the integrator: what the derivatives' own rounding lets be reached.
 _TOLERANCES = {tf.float64: (1e-9, 1e-11), tf.float32: (1e-4, 1e-6)}
@@ -79,7 +81,8 @@ def gradient_flow(model, x, y, duration, *, sample_weight=None, **options):
             rtol, atol: its tolerances. Default to 1e-9 and 1e-11 for weights in float64, 1e-4 and
                 1e-6 else.
             max_loss: where a larger loss ends it. Defaults to 1000 times (1 + |loss at first|).
-            verbose: whether to show a progress bar. Defaults to `False`.
+            verbose: whether work of more than two seconds shows a progress bar. Defaults to
+                `True`.
 
     Returns:
         A `Flow`. Where the loss exceeded `max_loss`, was no longer finite, or the step became too
@@ -175,7 +178,7 @@ def _integrated(
     rtol=None,
     atol=None,
     max_loss=None,
-    verbose=False,
+    verbose=True,
 ):
     """The `Flow` of an equation from where its point is."""
     started = time.perf_counter()
@@ -201,7 +204,7 @@ def _integrated(
     relative, absolute = _TOLERANCES.get(point.dtype, _TOLERANCES[tf.float32])
     percent = 0
 
-    with progress_bar(f"{equation.kind} flow", 100, verbose) as advance:
+    with progress_bar(f"{equation.kind} flow", 100, verbose, after=SHOWN_AFTER) as advance:
 
         def slope(t, state):
             nonlocal percent
@@ -219,7 +222,10 @@ def _integrated(
 
         def room_for_epsilon(t, state):
             visit(state)
-            return 1 - constant * point.diffusion_matrix().top_eigenvalue()
+            try:
+                return 1 - constant * point.diffusion_matrix().top_eigenvalue()
+            except NotFiniteError:
+                return np.nan
 
         constant = equation.epsilon.constant
         events = [room_for_loss] + [room_for_epsilon] * bool(constant)
@@ -289,7 +295,7 @@ def _message(solved, end, limit):
 
 
 def _checked_times(times, duration):
-    if not (np.isscalar(duration) and np.isfinite(duration) and duration > 0):
+    if not (isinstance(duration, numbers.Real) and 0 < duration < math.inf):
         raise ValueError(f"`duration` must be a positive number. Received: duration={duration!r}")
     if times is None:
         return None

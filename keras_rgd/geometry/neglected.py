@@ -22,7 +22,7 @@ from keras_rgd import vectors
 from keras_rgd.geometry.epsilon_field import EpsilonField, epsilon_gradient
 from keras_rgd.geometry.equations import flat, rgd_acceleration
 from keras_rgd.metric import inverse_product
-from keras_rgd.progress import progress_bar
+from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class NeglectedTerms:
         return [f.name for f in dataclasses.fields(self)][2:]
 
 
-def neglected_terms(flow, *, epsilon=None, nodes=5, verbose=False):
+def neglected_terms(flow, *, epsilon=None, nodes=5, verbose=True):
     """The terms that Eq. (10) lacks, along a flow, whatever equation it follows.
 
     Velocities and accelerations are the flow's own. The model is left as it was.
@@ -68,7 +68,7 @@ def neglected_terms(flow, *, epsilon=None, nodes=5, verbose=False):
             gradient descent, which has none and neglects nothing. Defaults to `None`.
         nodes: of Gauss and Legendre's rule, by which the integrals go through each of the
             integrator's steps. Defaults to `5`.
-        verbose: whether to show a progress bar. Defaults to `False`.
+        verbose: whether work of more than two seconds shows a progress bar. Defaults to `True`.
 
     Returns:
         A `NeglectedTerms`.
@@ -82,7 +82,10 @@ def neglected_terms(flow, *, epsilon=None, nodes=5, verbose=False):
     ends = np.unique(np.concatenate([times, steps[steps < times[-1]]]))
     integrals = {name: np.zeros(point.d) for name in _INTEGRALS}
     rows, constants = [], None
-    with point.visiting(), progress_bar("neglected terms", len(ends), verbose) as advance:
+    with (
+        point.visiting(),
+        progress_bar("neglected terms", len(ends), verbose, after=SHOWN_AFTER) as advance,
+    ):
         point.move_to(flow.positions[0])
         field = flow.equation.epsilon if epsilon is None else EpsilonField(epsilon, point)
         for i, t in enumerate(ends):

@@ -14,7 +14,7 @@ from keras_rgd.geometry.epsilon_field import EpsilonField
 from keras_rgd.geometry.equations import flat
 from keras_rgd.geometry.point import Point
 from keras_rgd.per_example import is_count
-from keras_rgd.progress import progress_bar
+from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def steady_state_residual(model, x, y, epsilon, *, sample_weight=None):
         return _residual(point, EpsilonField(epsilon, point, held=True).constant)
 
 
-def diffusion_divergence(model, x, y, *, sample_weight=None, probes=None, seed=0, verbose=False):
+def diffusion_divergence(model, x, y, *, sample_weight=None, probes=None, seed=0, verbose=True):
     """The divergence of D, (nabla . D)_r = sum_s d D_rs / d x_s, which Eq. (12) takes for 0.
 
     It is Cov_i(tr H_i, g_i) + (1/N) sum_i (H_i - H) (g_i - gbar): 0 where all H_i are equal, not
@@ -69,7 +69,7 @@ def diffusion_divergence(model, x, y, *, sample_weight=None, probes=None, seed=0
         probes: how many pairs of random sign vectors to estimate the traces and the sum from
             (Hutchinson). Defaults to `None`: exactly, by d + N second derivatives.
         seed: of the signs. Defaults to `0`.
-        verbose: whether to show a progress bar. Defaults to `False`.
+        verbose: whether work of more than two seconds shows a progress bar. Defaults to `True`.
 
     Returns:
         An `Estimate`.
@@ -94,7 +94,7 @@ def probability_current(
     constant_epsilon=True,
     probes=None,
     seed=0,
-    verbose=False,
+    verbose=True,
 ):
     r"""The current j of Eq. (12) for grad Phi = (I - eps D) grad L.
 
@@ -113,7 +113,7 @@ def probability_current(
             `True`.
         probes: as in `diffusion_divergence`, like `seed` and `verbose`.
         seed: of the probes.
-        verbose: whether to show a progress bar.
+        verbose: as there.
 
     Returns:
         An `Estimate`.
@@ -199,7 +199,7 @@ def _divergence(point, probes, seed, verbose):
         )
     rng = np.random.default_rng(seed)
     mean, square = np.zeros(point.d), np.zeros(point.d)
-    with progress_bar("divergence of D", probes, verbose) as advance:
+    with progress_bar("divergence of D", probes, verbose, after=SHOWN_AFTER) as advance:
         for count in range(1, probes + 1):
             signs = vectors.unflatten(rng.choice((-1.0, 1.0), point.d), point.weights, point.dtype)
             traces = point.covariance(point.derivatives.second(signs, signs))
@@ -216,7 +216,7 @@ def _divergence(point, probes, seed, verbose):
 def _exact_divergence(point, verbose):
     n, d = point.n_examples, point.d
     traces, total = np.zeros(n), np.zeros(d)
-    with progress_bar("divergence of D", n + d, verbose) as advance:
+    with progress_bar("divergence of D", n + d, verbose, after=SHOWN_AFTER) as advance:
         for k in range(d):
             unit = (np.arange(d) == k).astype(float)
             e = vectors.unflatten(unit, point.weights, point.dtype)
