@@ -107,6 +107,7 @@ class Derivatives:
         return vectors.inner(self._gradient(tape, slope), v)
 
     def _combined(self, z):
+        # Not `combine`, which may be a graph function: tapes would see one call of it.
         with tf.GradientTape() as tape:
             total = tf.reduce_sum(z * self._losses()[1])
         return self._gradient(tape, total)

@@ -1,5 +1,7 @@
 """The equations of motion in weight space: gradient descent, Eq. (10), Eq. (8) of the paper."""
 
+import abc
+
 import numpy as np
 
 from keras_rgd import vectors
@@ -7,7 +9,7 @@ from keras_rgd.geometry.epsilon_field import EpsilonField
 from keras_rgd.metric import inverse_product
 
 
-class Equation:
+class Equation(abc.ABC):
     """The right-hand side of a flow, at the point where `point` is.
 
     A state is a flat numpy vector, the weights and for second order the velocity after them.
@@ -32,13 +34,13 @@ class Equation:
         """The state's derivative by time."""
         return self.velocity(state)
 
+    @abc.abstractmethod
     def velocity(self, state):
         """dx/dt, a numpy vector of shape (d,)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def acceleration(self, velocity):
         """d^2x/dt^2 where the velocity is this one, both lists of tensors."""
-        raise NotImplementedError
 
 
 class GradientDescent(Equation):
