@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -24,7 +25,8 @@ import time
 
 import peers
 
-WAYS = ("sgd", "layerwise", "double_backward", "vectorized_map")
+EXAMPLE_WAYS = ("layerwise", "double_backward", "vectorized_map")
+WAYS = ("sgd", "window-16", *EXAMPLE_WAYS)  # "window-W" for any W
 MODES = ("graph", "xla")
 PEERS = ("mlp", "cnn")  # the models that are written for them
 
@@ -38,8 +40,11 @@ def made(name, way, mode):
 
     model = models.benchmark(name).model()
     optimizer = keras.optimizers.SGD(0.01)
-    if way != "sgd":
+    if way in EXAMPLE_WAYS:
         optimizer = keras_rgd.RGD(0.01, per_example=way)
+    elif way != "sgd":
+        size, _, dtype = way.removeprefix("window-").partition("-")
+        optimizer = keras_rgd.RGD(0.01, window=int(size), window_dtype=dtype or None)
     model.compile(optimizer, models.loss(), jit_compile=mode == "xla")
     return model
 
@@ -163,6 +168,15 @@ def plot(rows, path):
     figure.savefig(path, dpi=150)
 
 
+def a_way(text):
+    """An argument of the command line: one of `WAYS`, "window-32" or "window-32-bfloat16"."""
+    if text not in WAYS and not re.fullmatch(r"window-\d+(-bfloat16|-float32|-float64)?", text):
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(WAYS)}, or window-W or window-W-DTYPE, received {text}"
+        )
+    return text
+
+
 def main():
     """Print a table, one row for each model, N and way; write the CSV file and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -172,7 +186,7 @@ def main():
         default=["mlp", "cnn", "resnet20-gn", "resnet20-bn"] + ["transformer", "lstm"],
     )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 64, 128, 256])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", type=a_way, default=list(WAYS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="an epoch; the models have their own")
@@ -211,7 +225,7 @@ def main():
                     cells[mode] = f"{ms:.2f} ms, {ms / times[mode]['sgd']['ms']:.2f} x"
                     firsts[mode] = f"{times[mode][way]['first']:.1f} s"
                     mib = None
-                    if way in WAYS and not args.no_memory:
+                    if way in args.ways and not args.no_memory:
                         mib = in_a_process("memory", name, n, mode, way)
                         memory[mode] = f"{mib:.0f} MiB"
                     rows.append(

@@ -1,24 +1,28 @@
 """Relativistic gradient descent and the diffusion matrix of SGD's noise, for Keras."""
 
-from keras_rgd import epsilon, geometry
-from keras_rgd.conversion import to_rgd
+from keras_rgd import epsilon
+from keras_rgd.backends import ON_TENSORFLOW, needs_tensorflow
 from keras_rgd.diffusion import DiffusionMatrix
-from keras_rgd.measurement import diffusion_matrix
 from keras_rgd.metric import DiffusionMetric
-from keras_rgd.model import RGDMixin, RGDModel, RGDSequential
-from keras_rgd.monitor import DiffusionMonitor
 from keras_rgd.optimizer import RGD
-from keras_rgd.per_example import PerExampleGradients, per_example_gradients
-from keras_rgd.record import DiffusionRecord, load_records, save_records
-from keras_rgd.summaries import plot_spectrum
-from keras_rgd.whole_dataset import Spectrum, spectrum
+
+if ON_TENSORFLOW:
+    # ruff: noqa: F401
+    from keras_rgd import geometry
+    from keras_rgd.conversion import to_rgd
+    from keras_rgd.measurement import diffusion_matrix
+    from keras_rgd.model import RGDMixin, RGDModel, RGDSequential
+    from keras_rgd.monitor import DiffusionMonitor
+    from keras_rgd.per_example import PerExampleGradients, per_example_gradients
+    from keras_rgd.record import DiffusionRecord, load_records, save_records
+    from keras_rgd.summaries import plot_spectrum
+    from keras_rgd.whole_dataset import Spectrum, spectrum
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "RGD",
-    "DiffusionMatrix",
-    "DiffusionMetric",
+__all__ = ["RGD", "DiffusionMatrix", "DiffusionMetric", "epsilon"]
+
+_ON_TENSORFLOW = [
     "DiffusionMonitor",
     "DiffusionRecord",
     "PerExampleGradients",
@@ -27,7 +31,6 @@ __all__ = [
     "RGDSequential",
     "Spectrum",
     "diffusion_matrix",
-    "epsilon",
     "geometry",
     "load_records",
     "per_example_gradients",
@@ -36,3 +39,12 @@ __all__ = [
     "spectrum",
     "to_rgd",
 ]
+
+if ON_TENSORFLOW:
+    __all__ += _ON_TENSORFLOW
+
+
+def __getattr__(name):
+    if name in _ON_TENSORFLOW:
+        needs_tensorflow(f"keras_rgd.{name}")
+    raise AttributeError(f"module 'keras_rgd' has no attribute {name!r}")

@@ -4,7 +4,9 @@ XLA's eigensolver does not belong in a compiled step: on a CPU it takes 1.5 s at
 three squarings take milliseconds.
 """
 
-import tensorflow as tf
+import keras
+import numpy as np
+from keras import ops
 
 from keras_rgd import vectors
 
@@ -34,23 +36,23 @@ def trace_power_bound(k, squarings=_SQUARINGS):
     Returns:
         A scalar tensor, 0 for K = 0.
     """
-    n = tf.cast(tf.shape(k)[0], k.dtype)
-    trace = tf.linalg.trace(k)
-    log_bound = tf.math.log(trace)
-    power = tf.math.divide_no_nan(k, trace)
+    n = ops.cast(ops.shape(k)[0], k.dtype)
+    trace = ops.trace(k)
+    log_bound = ops.log(trace)
+    power = ops.divide_no_nan(k, trace)
     exponent = 1.0
     for _ in range(squarings):
         power = power @ power
         exponent /= 2
         # Of trace 1 each time: high powers would leave the range of the dtype.
-        trace_of_power = tf.linalg.trace(power)
-        log_bound += exponent * tf.math.log(trace_of_power)
-        power = tf.math.divide_no_nan(power, trace_of_power)
-    spread = tf.maximum(tf.reduce_sum(tf.square(power)) - 1 / n, 0)
-    log_bound += exponent * tf.math.log(1 / n + tf.sqrt((1 - 1 / n) * spread))
+        trace_of_power = ops.trace(power)
+        log_bound = log_bound + exponent * ops.log(trace_of_power)
+        power = ops.divide_no_nan(power, trace_of_power)
+    spread = ops.maximum(ops.sum(ops.square(power)) - 1 / n, 0)
+    log_bound = log_bound + exponent * ops.log(1 / n + ops.sqrt((1 - 1 / n) * spread))
     # Rounding may not take the bound below M.
-    rounding = 1 + 4 * n * tf.constant(machine_epsilon(k.dtype), k.dtype)
-    return tf.where(trace > 0, tf.exp(log_bound) * rounding, tf.zeros_like(trace))
+    rounding = 1 + 4 * n * machine_epsilon(k.dtype)
+    return ops.where(trace > 0, ops.exp(log_bound) * rounding, ops.zeros_like(trace))
 
 
 def lanczos_measure(k, u, mass):
@@ -69,34 +71,34 @@ def lanczos_measure(k, u, mass):
         `(nodes, weights)`, each of shape (m + 1,), the weights summing to 1.
     """
     alphas, betas, basis = [], [], [u]
-    tiny = 8 * tf.constant(machine_epsilon(k.dtype), k.dtype) * tf.linalg.trace(k)
+    tiny = 8 * machine_epsilon(k.dtype) * ops.trace(k)
     for step in range(_LANCZOS_STEPS):
-        image = tf.linalg.matvec(k, basis[-1])
-        alphas.append(tf.reduce_sum(basis[-1] * image))
+        image = ops.matmul(k, basis[-1])
+        alphas.append(ops.sum(basis[-1] * image))
         if step == _LANCZOS_STEPS - 1:
             break
         # Twice is enough to keep the basis orthogonal.
         for _ in range(2):
             for q in basis:
-                image -= tf.reduce_sum(q * image) * q
-        beta = tf.norm(image)
+                image = image - ops.sum(q * image) * q
+        beta = ops.norm(image)
         # The Krylov space may end before N; the rest of T is then zero and has no weight.
-        beta = tf.where(beta > tiny, beta, tf.zeros_like(beta))
+        beta = ops.where(beta > tiny, beta, ops.zeros_like(beta))
         betas.append(beta)
-        basis.append(tf.math.divide_no_nan(image, beta))
+        basis.append(ops.divide_no_nan(image, beta))
     t = _tridiagonal(alphas, betas)
     # eigh raises on what half precision overflowed; such a step is skipped later.
-    finite = tf.reduce_all(tf.math.is_finite(t))
-    nodes, ritz = tf.linalg.eigh(tf.where(finite, t, tf.zeros_like(t)))
-    nodes = tf.maximum(nodes, 0)
-    weights = tf.math.divide_no_nan(mass * tf.square(ritz[0]), nodes)
+    finite = ops.all(ops.isfinite(t))
+    nodes, ritz = ops.eigh(ops.where(finite, t, ops.zeros_like(t)))
+    nodes = ops.maximum(nodes, 0)
+    weights = ops.divide_no_nan(mass * ops.square(ritz[0]), nodes)
     # A node that is rounding alone would get a weight that is.
-    weights = tf.where(nodes > tiny, weights, tf.zeros_like(weights))
-    total = tf.reduce_sum(weights)
-    weights /= tf.maximum(total, 1)
+    weights = ops.where(nodes > tiny, weights, ops.zeros_like(weights))
+    total = ops.sum(weights)
+    weights = weights / ops.maximum(total, 1)
     return (
-        tf.concat([nodes, [0.0]], 0),
-        tf.concat([weights, [tf.maximum(1 - total, 0)]], 0),
+        ops.append(nodes, ops.zeros_like(total)),
+        ops.append(weights, ops.maximum(1 - total, 0)),
     )
 
 
@@ -116,10 +118,10 @@ def solve_shifted(k, epsilon, b):
     rho, residual = 1 / sigma, b[:, None]
     solution = change = residual / center
     for _ in range(_CHEBYSHEV_STEPS):
-        residual -= change + k @ (epsilon * change)
+        residual = residual - (change + k @ (epsilon * change))
         before, rho = rho, 1 / (2 * sigma - rho)
         change = rho * before * change + (2 * rho / half_width) * residual
-        solution += change
+        solution = solution + change
     return solution[:, 0]
 
 
@@ -137,11 +139,11 @@ def moments_measure(lambda_max, first, second):
     Returns:
         `(nodes, weights)`, each of shape (2,), the weights summing to 1.
     """
-    rest = tf.maximum(lambda_max - first, 0)
-    node = tf.maximum(tf.math.divide_no_nan(lambda_max * first - second, rest), 0)
+    rest = ops.maximum(lambda_max - first, 0)
+    node = ops.maximum(ops.divide_no_nan(lambda_max * first - second, rest), 0)
     gap = lambda_max - node
-    weight = tf.clip_by_value(tf.math.divide_no_nan(first - node, gap), 0, 1)
-    return tf.stack([node, lambda_max]), tf.stack([1 - weight, weight])
+    weight = ops.clip(ops.divide_no_nan(first - node, gap), 0, 1)
+    return ops.stack([node, lambda_max]), ops.stack([1 - weight, weight])
 
 
 def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
@@ -167,36 +169,36 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
     """
 
     def top(alphas, betas):
-        lower = tf.linalg.diag(alphas) + tf.linalg.diag(betas[1:], k=-1)
-        return trace_power_bound(lower @ tf.transpose(lower), squarings=6)
+        lower = ops.diag(alphas) + ops.diag(betas[1:], k=-1)
+        return trace_power_bound(lower @ ops.transpose(lower), squarings=6)
 
     def go_on(step, _alphas, _betas, _basis, _v, before, now):
-        return tf.logical_and(step < limit, now > (1 + growth) * before)
+        return ops.logical_and(step < limit, now > (1 + growth) * before)
 
     def one_step(step, alphas, betas, basis, v, _before, now):
         r, rounding = dot(v)
         # Twice is enough. Rows not yet filled are zero.
         for _ in range(2):
-            r -= tf.linalg.matvec(basis, tf.linalg.matvec(basis, r), transpose_a=True)
-        beta = tf.norm(r)
-        beta = tf.where(beta > rounding, beta, tf.zeros_like(beta))
-        u = tf.math.divide_no_nan(r, beta)
+            r = r - ops.matmul(ops.matmul(basis, r), basis)
+        beta = ops.norm(r)
+        beta = ops.where(beta > rounding, beta, ops.zeros_like(beta))
+        u = ops.divide_no_nan(r, beta)
         image = vectors.add(combine(u), v, -beta)
         alpha = vectors.norm(image)
         # Where the Krylov space ends, -0 v has no direction either.
-        alpha = tf.where(beta > 0, alpha, tf.zeros_like(alpha))
-        v = [tf.math.divide_no_nan(x, alpha) for x in image]
-        alphas = tf.tensor_scatter_nd_update(alphas, [[step]], [alpha])
-        betas = tf.tensor_scatter_nd_update(betas, [[step]], [beta])
-        basis = tf.tensor_scatter_nd_update(basis, [[step]], u[None])
+        alpha = ops.where(beta > 0, alpha, ops.zeros_like(alpha))
+        v = [ops.divide_no_nan(x, alpha) for x in image]
+        alphas = ops.slice_update(alphas, [step], alpha[None])
+        betas = ops.slice_update(betas, [step], beta[None])
+        basis = ops.slice_update(basis, [step, 0], u[None])
         return step + 1, alphas, betas, basis, v, now, top(alphas, betas)
 
-    zeros = tf.zeros([max_steps], alpha.dtype)
-    alphas = tf.tensor_scatter_nd_update(zeros, [[0]], [alpha])
-    basis = tf.concat([u[None], tf.zeros([max_steps - 1, tf.shape(u)[0]], u.dtype)], 0)
-    basis.set_shape([max_steps, *u.shape])
-    start = (tf.constant(1), alphas, zeros, basis, v, tf.zeros_like(alpha), tf.square(alpha))
-    return tf.while_loop(go_on, one_step, start)[-1]
+    zeros = ops.zeros([max_steps], alpha.dtype)
+    alphas = ops.slice_update(zeros, [0], alpha[None])
+    basis = ops.concatenate([u[None], ops.zeros([max_steps - 1, ops.shape(u)[0]], u.dtype)])
+    step = ops.ones([], "int32")
+    start = (step, alphas, zeros, basis, v, ops.zeros_like(alpha), ops.square(alpha))
+    return ops.while_loop(go_on, one_step, start)[-1]
 
 
 def ritz_step(x, q, p):
@@ -212,11 +214,11 @@ def ritz_step(x, q, p):
     """
     p = _orthonormal(p, x, q)
     pairs = (x, q, p)
-    a = tf.stack([tf.stack([vectors.inner(s, dt) for _, dt in pairs]) for s, _ in pairs])
-    finite = tf.reduce_all(tf.math.is_finite(a))
+    a = ops.stack([ops.stack([vectors.inner(s, dt) for _, dt in pairs]) for s, _ in pairs])
+    finite = ops.all(ops.isfinite(a))
     # eigh raises on what half precision overflowed; such a step is skipped later.
-    _, ritz = tf.linalg.eigh(tf.where(finite, (a + tf.transpose(a)) / 2, tf.zeros_like(a)))
-    c = tf.unstack(ritz[:, -1], 3)
+    _, ritz = ops.eigh(ops.where(finite, (a + ops.transpose(a)) / 2, ops.zeros_like(a)))
+    c = ops.unstack(ritz[:, -1], 3)
     moved = [vectors.add(vectors.scale(q[i], c[1]), p[i], c[2]) for i in range(2)]
     best = [vectors.add(moved[i], x[i], c[0]) for i in range(2)]
     return best[0], best[1], moved[0], moved[1]
@@ -225,23 +227,23 @@ def ritz_step(x, q, p):
 def _orthonormal(p, *others):
     """P and D p less their parts along the others, and scaled to |p| = 1; 0 if nothing is left."""
     length = vectors.norm(p[0])
-    p = [[tf.math.divide_no_nan(t, length) for t in s] for s in p]
+    p = [[ops.divide_no_nan(t, length) for t in s] for s in p]
     for _ in range(2):  # twice is enough
         for other in others:
             along = vectors.inner(p[0], other[0])
             p = [vectors.add(p[i], other[i], -along) for i in range(2)]
     length = vectors.norm(p[0])
     # What rounding alone left is no direction.
-    length = tf.where(length > 1e-3, length, tf.zeros_like(length))
-    return [[tf.math.divide_no_nan(t, length) for t in s] for s in p]
+    length = ops.where(length > 1e-3, length, ops.zeros_like(length))
+    return [[ops.divide_no_nan(t, length) for t in s] for s in p]
 
 
 def _tridiagonal(diagonal, off_diagonal):
-    t = tf.linalg.diag(tf.stack(diagonal))
-    off = tf.linalg.diag(tf.stack(off_diagonal), k=1)
-    return t + off + tf.transpose(off)
+    t = ops.diag(ops.stack(diagonal))
+    off = ops.diag(ops.stack(off_diagonal), k=1)
+    return t + off + ops.transpose(off)
 
 
 def machine_epsilon(dtype):
     """Distance from 1 to the next larger number of a floating dtype."""
-    return float(tf.experimental.numpy.finfo(dtype.as_numpy_dtype).eps)
+    return float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)

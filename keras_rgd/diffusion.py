@@ -6,11 +6,12 @@ nonzero eigenvalues, and products with D go through the examples.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
-import tensorflow as tf
+from keras import ops
 
 from keras_rgd import bounds, vectors
 from keras_rgd.bounds import machine_epsilon
@@ -55,16 +56,16 @@ class Image:
     alpha**2 = |D w|^2 / w^T D w, at most the largest eigenvalue.
     """
 
-    norm: tf.Tensor  # |v|, ()
-    size: tf.Tensor  # |H G w| / sqrt(N), in units of a gradient, ()
-    alpha: tf.Tensor  # in units of a gradient, ()
+    norm: Any  # |v|, ()
+    size: Any  # |H G w| / sqrt(N), in units of a gradient, ()
+    alpha: Any  # in units of a gradient, ()
     direction: list  # of norm 1, or 0; shaped as the weights
-    examples: tf.Tensor | None = None  # H G w normalised, (N,), where it is kept
+    examples: Any = None  # H G w normalised, (N,), where it is kept
 
     @property
     def unit(self):
         """A positive number of the order of the square root of D's eigenvalues."""
-        return tf.where(self.alpha > 0, self.alpha, tf.ones_like(self.alpha))
+        return ops.where(self.alpha > 0, self.alpha, ops.ones_like(self.alpha))
 
 
 class NotFiniteError(ValueError):
@@ -118,16 +119,16 @@ class DiffusionMatrix:
     def image(self, v):
         """D v as an `Image`, for v a list of tensors shaped as the weights."""
         norm = vectors.norm(v)
-        centred, _ = self._dot([tf.math.divide_no_nan(x, norm) for x in v])
+        centred, _ = self._dot([ops.divide_no_nan(x, norm) for x in v])
         length = vectors.norm([centred])
-        examples = tf.math.divide_no_nan(centred, length)
+        examples = ops.divide_no_nan(centred, length)
         pulled = self._combine(examples)
         alpha = vectors.norm(pulled)
         return Image(
             norm=norm,
             size=length,
             alpha=alpha,
-            direction=[tf.math.divide_no_nan(x, alpha) for x in pulled],
+            direction=[ops.divide_no_nan(x, alpha) for x in pulled],
             examples=examples,
         )
 
@@ -142,9 +143,9 @@ class DiffusionMatrix:
             last_estimate: the last step's, times `ESTIMATE_MARGIN`; 0 if there is none; a scalar.
         """
         unit = image.unit
-        own = tf.square(image.alpha / unit)
-        last = tf.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
-        agree = tf.logical_and(last <= _AGREEMENT * own, own <= _AGREEMENT * last)
+        own = ops.square(image.alpha / unit)
+        last = ops.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
+        agree = ops.logical_and(last <= _AGREEMENT * own, own <= _AGREEMENT * last)
         top = bounds.golub_kahan_top(
             dot=lambda v: [t / unit for t in self._dot(v)],
             combine=lambda u: vectors.scale(self._combine(u), 1 / unit),
@@ -152,10 +153,10 @@ class DiffusionMatrix:
             v=image.direction,
             u=image.examples,
             max_steps=_MAX_STEPS,
-            limit=tf.where(agree, 1, _MAX_STEPS),
+            limit=ops.where(agree, 1, _MAX_STEPS),
             growth=_GROWTH,
         )
-        return tf.where(agree, tf.maximum(own, last), top)
+        return ops.where(agree, ops.maximum(own, last), top)
 
     def iterate(self, v, start):
         """D v and the largest eigenvalue, by products that are one pass over the examples each.
@@ -173,15 +174,15 @@ class DiffusionMatrix:
             below and times its margin; and where the next step may begin.
         """
         norm = vectors.norm(v)
-        unit = tf.where(norm > 0, norm, tf.ones_like(norm))
+        unit = ops.where(norm > 0, norm, ops.ones_like(norm))
         v = vectors.scale(v, 1 / unit)
         given = vectors.norm(start) > 0
-        first = [tf.where(given, a, b) for a, b in zip(start, v, strict=True)]
-        zeros = [tf.zeros_like(t) for t in v]
+        first = [ops.where(given, a, b) for a, b in zip(start, v, strict=True)]
+        zeros = [ops.zeros_like(t) for t in v]
 
         def go_on(step, _, residual, largest, *_state):
             unsettled = residual > _SETTLED * largest
-            return tf.logical_or(step == 0, tf.logical_and(step < _MAX_STEPS, unsettled))
+            return ops.logical_or(step == 0, ops.logical_and(step < _MAX_STEPS, unsettled))
 
         def one_pass(step, q, *_values_and_state):
             *_, x, dx, p, dp = _values_and_state
@@ -190,71 +191,71 @@ class DiffusionMatrix:
             value = vectors.inner(x, dx)
             rest = vectors.add(dx, x, -value)
             residual = vectors.norm(rest)
-            q = [tf.math.divide_no_nan(t, residual) for t in rest]
-            largest = tf.math.divide_no_nan(vectors.inner(dx, dx), value)
+            q = [ops.divide_no_nan(t, residual) for t in rest]
+            largest = ops.divide_no_nan(vectors.inner(dx, dx), value)
             seen = (image.size, image.alpha, image.direction)
             return step + 1, q, residual, largest, *seen, x, dx, p, dp
 
         begin = (0, first, norm, norm, norm, norm, v, zeros, zeros, zeros, zeros)
-        end = tf.while_loop(go_on, one_pass, begin)
+        end = ops.while_loop(go_on, one_pass, begin)
         passes, _, _, largest, size, alpha, direction, top, *_ = end
         image = Image(norm=norm, size=size, alpha=alpha, direction=direction)
-        own = tf.square(alpha / image.unit)
-        estimate = tf.maximum(largest * tf.square(unit / image.unit), own)
+        own = ops.square(alpha / image.unit)
+        estimate = ops.maximum(largest * ops.square(unit / image.unit), own)
         margins = estimate * SETTLED_MARGIN, estimate * ESTIMATE_MARGIN
-        return image, tf.where(passes == 1, *margins), top
+        return image, ops.where(passes == 1, *margins), top
 
     def _images_in_one_pass(self, v, q, unit):
         """D v as an `Image`, and D q in the unit `unit`**2, for v and q of norm 1 or 0."""
-        n = tf.cast(self.n_examples, unit.dtype)
+        n = ops.cast(self.n_examples, unit.dtype)
         mean = self.gradients.mean()
-        stacked = [tf.stack(pair) / unit for pair in zip(v, q, strict=True)]
-        shift = tf.stack([vectors.inner(mean, v), vectors.inner(mean, q)]) / unit
+        stacked = [ops.stack(pair) / unit for pair in zip(v, q, strict=True)]
+        shift = ops.stack([vectors.inner(mean, v), vectors.inner(mean, q)]) / unit
         factors, pulled = self.gradients.images(stacked, shift)
         products, sizes = [], []
         for j in range(2):
             # What the shift left of the mean by rounding.
-            left = tf.reduce_mean(factors[j])
-            largest = tf.abs(shift[j]) + tf.reduce_max(tf.abs(factors[j]))
+            left = ops.mean(factors[j])
+            largest = ops.abs(shift[j]) + ops.max(ops.abs(factors[j]))
             centred, _ = _above_noise(factors[j] - left, largest)
-            size = vectors.norm([centred]) / tf.sqrt(n)
+            size = vectors.norm([centred]) / ops.sqrt(n)
             product = vectors.add([t[j] / n for t in pulled], mean, -left)
-            products.append([tf.where(size > 0, t / unit, tf.zeros_like(t)) for t in product])
+            products.append([ops.where(size > 0, t / unit, ops.zeros_like(t)) for t in product])
             sizes.append(size)
         length = vectors.norm(products[0])
         image = Image(
-            norm=tf.ones_like(length),
+            norm=ops.ones_like(length),
             size=sizes[0] * unit,
-            alpha=tf.math.divide_no_nan(length, sizes[0]) * unit,
-            direction=[tf.math.divide_no_nan(t, length) for t in products[0]],
+            alpha=ops.divide_no_nan(length, sizes[0]) * unit,
+            direction=[ops.divide_no_nan(t, length) for t in products[0]],
         )
         return image, products[1]
 
     def _dot(self, v):
         """H G v / sqrt(N), and how long the rounding in it may be."""
         k = self.gradients.dot(v)
-        centred, noise = _above_noise(k - tf.reduce_mean(k), tf.reduce_max(tf.abs(k)))
+        centred, noise = _above_noise(k - ops.mean(k), ops.max(ops.abs(k)))
         return centred / self._root_n, noise
 
     def _combine(self, u):
         """G^T H u / sqrt(N)."""
         # Without H the mean gradient would enter by the rounding in u.
-        return vectors.scale(self.gradients.combine(u - tf.reduce_mean(u)), 1 / self._root_n)
+        return vectors.scale(self.gradients.combine(u - ops.mean(u)), 1 / self._root_n)
 
     @property
     def _root_n(self):
-        return tf.sqrt(tf.cast(self.n_examples, self.gradients.dtype))
+        return ops.sqrt(ops.cast(self.n_examples, self.gradients.dtype))
 
     def _centered_gram(self, unit, mean):
         """K in the unit unit**2, from gradients with their mean taken off before the products."""
         k = self.gradients.gram(mean, unit)
-        k -= tf.reduce_mean(k, 0, keepdims=True)
-        k -= tf.reduce_mean(k, 1, keepdims=True)
-        return k / tf.cast(self.n_examples, k.dtype)
+        k = k - ops.mean(k, 0, keepdims=True)
+        k = k - ops.mean(k, 1, keepdims=True)
+        return k / ops.cast(self.n_examples, k.dtype)
 
     def gram(self):
         """<g_i, g_j>, shape (N, N), a numpy array of the weights' dtype, neither centred nor /N."""
-        return self.gradients.gram().numpy()
+        return ops.convert_to_numpy(self.gradients.gram())
 
     def centered_gram(self):
         """K = (1/N) H G G^T H, shape (N, N), numpy float64: D's nonzero eigenvalues."""
@@ -284,7 +285,7 @@ class DiffusionMatrix:
                 f"{np.count_nonzero(eigenvalues > 0)}. Received: k={k}"
             )
         weights = examples[:, :k].T / np.sqrt(self.n_examples * eigenvalues[:k, None])
-        return self.gradients.combine_many(tf.constant(weights, self.gradients.dtype))
+        return self.gradients.combine_many(ops.cast(weights, self.gradients.dtype))
 
     def example_coordinates(self, v):
         """V's coordinates along the eigenvectors, <v, e_j>, numpy float64, shape (min(N, d),).
@@ -292,10 +293,14 @@ class DiffusionMatrix:
         0 where the eigenvalue is 0.
         """
         eigenvalues, examples, _ = self._spectral()
-        k = self.gradients.dot(self.vector(v)).numpy().astype(np.float64)
+        k = self.products(v)
         along = examples.T @ (k - k.mean())
         root = np.sqrt(self.n_examples * eigenvalues)
         return np.divide(along, root, out=np.zeros_like(root), where=root > 0)
+
+    def products(self, v):
+        """G v, numpy float64, shape (N,), for v a list of tensors shaped as the weights."""
+        return in_float64(self.gradients.dot(self.vector(v)))
 
     def top_eigenvalue(self):
         """lambda_max, the M_x of the paper."""
@@ -318,7 +323,7 @@ class DiffusionMatrix:
                 part of lambda_max; or another rule.
         """
         if rule == "gram":
-            epsilon = float(np.finfo(self.gradients.dtype.as_numpy_dtype).eps)
+            epsilon = machine_epsilon(self.gradients.dtype)
             return self.top_eigenvalue() * self.n_examples * epsilon
         if rule != "reference":
             raise ValueError(f'`rule` must be "gram" or "reference". Received: rule={rule!r}')
@@ -359,7 +364,7 @@ class DiffusionMatrix:
         if self._eigen is None:
             mean = self.gradients.mean()
             unit = self.gradients.unit(mean)
-            k = self._centered_gram(unit, mean).numpy().astype(np.float64) * float(unit) ** 2
+            k = in_float64(self._centered_gram(unit, mean)) * float(unit) ** 2
             if not np.all(np.isfinite(k)):
                 raise NotFiniteError(NOT_FINITE)
             # Gradients that differ by rounding alone have no variance.
@@ -392,6 +397,11 @@ class DiffusionMatrix:
         return self.gradients.cast(v)
 
 
+def in_float64(tensor):
+    """A tensor as a numpy array of float64."""
+    return ops.convert_to_numpy(tensor).astype(np.float64)
+
+
 def _above_noise(centred, largest):
     """Products k less their mean, 0 where they are rounding alone; and how large that may be.
 
@@ -402,5 +412,5 @@ def _above_noise(centred, largest):
         largest: the largest |k|.
     """
     noise = _NOISE * machine_epsilon(centred.dtype) * largest
-    real = tf.reduce_max(tf.abs(centred)) > noise
-    return tf.where(real, centred, tf.zeros_like(centred)), noise
+    real = ops.max(ops.abs(centred)) > noise
+    return ops.where(real, centred, ops.zeros_like(centred)), noise

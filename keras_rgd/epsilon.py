@@ -7,9 +7,11 @@ spectral measure of v. It works on tensors, in and out of a compiled step.
 import abc
 import dataclasses
 import numbers
+from typing import Any
 
 import keras
-import tensorflow as tf
+import numpy as np
+from keras import ops
 
 from keras_rgd import bounds
 
@@ -25,7 +27,7 @@ class InUnits:
 
     def in_true_units(self, epsilon):
         """`epsilon` times unit**-2, at most the largest number of the dtype."""
-        return tf.minimum(epsilon / self.unit / self.unit, epsilon.dtype.max)
+        return ops.minimum(epsilon / self.unit / self.unit, _largest_number(epsilon.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,10 @@ class SpectralMeasure(InUnits):
             tiny and huge gradients in range.
     """
 
-    lambda_max: tf.Tensor
-    nodes: tf.Tensor
-    weights: tf.Tensor
-    unit: tf.Tensor
+    lambda_max: Any
+    nodes: Any
+    weights: Any
+    unit: Any
 
     def weak_field_error(self, epsilon):
         """|((I + eps D)^-1 - (I - eps D)) v| / |(I + eps D)^-1 v|, after Eq. (6) of the paper.
@@ -54,9 +56,9 @@ class SpectralMeasure(InUnits):
             epsilon: in the unit unit**-2, a scalar tensor.
         """
         t = epsilon * self.nodes
-        error = tf.reduce_sum(self.weights * tf.square(tf.square(t) / (1 + t)))
-        size = tf.reduce_sum(self.weights / tf.square(1 + t))
-        return tf.sqrt(tf.math.divide_no_nan(error, size))
+        error = ops.sum(self.weights * ops.square(ops.square(t) / (1 + t)))
+        size = ops.sum(self.weights / ops.square(1 + t))
+        return ops.sqrt(ops.divide_no_nan(error, size))
 
     def quadrature(self):
         """A `SpectralMeasure` whose weak-field error is cheap for many eps: this one."""
@@ -75,11 +77,11 @@ class GramSpectrum(InUnits):
         unit: as in `SpectralMeasure`.
     """
 
-    lambda_max: tf.Tensor
-    gram: tf.Tensor
-    products: tf.Tensor
-    square: tf.Tensor
-    unit: tf.Tensor
+    lambda_max: Any
+    gram: Any
+    products: Any
+    square: Any
+    unit: Any
 
     def weak_field_error(self, epsilon):
         """As `SpectralMeasure.weak_field_error`, for eps < 1/lambda_max, by products with K.
@@ -88,22 +90,24 @@ class GramSpectrum(InUnits):
         to (I - eps D) v is eps B (B^T v - y).
         """
         y = bounds.solve_shifted(self.gram, epsilon, self.products)
-        image = tf.linalg.matvec(self.gram, y)
+        image = ops.matmul(self.gram, y)
         rest = epsilon * image  # B^T v - y
-        error = tf.square(epsilon) * tf.reduce_sum(rest * tf.linalg.matvec(self.gram, rest))
+        error = ops.square(epsilon) * ops.sum(rest * ops.matmul(self.gram, rest))
         size = self.square - epsilon * (
-            2 * tf.reduce_sum(self.products * y) - epsilon * tf.reduce_sum(y * image)
+            2 * ops.sum(self.products * y) - epsilon * ops.sum(y * image)
         )
         # (I + eps D)^-1 halves v at most.
-        size = tf.maximum(size, self.square / 4)
-        return tf.sqrt(tf.math.divide_no_nan(tf.maximum(error, 0), size))
+        size = ops.maximum(size, self.square / 4)
+        return ops.sqrt(ops.divide_no_nan(ops.maximum(error, 0), size))
 
     def quadrature(self):
         """A `SpectralMeasure` whose weak-field error is cheap for many eps."""
-        length = tf.norm(self.products)
-        mass = tf.math.divide_no_nan(tf.square(length), self.square)
-        start = tf.math.divide_no_nan(self.products, length)
-        nodes, weights = bounds.lanczos_measure(self.gram, start, tf.minimum(mass, self.lambda_max))
+        length = ops.norm(self.products)
+        mass = ops.divide_no_nan(ops.square(length), self.square)
+        start = ops.divide_no_nan(self.products, length)
+        nodes, weights = bounds.lanczos_measure(
+            self.gram, start, ops.minimum(mass, self.lambda_max)
+        )
         return SpectralMeasure(self.lambda_max, nodes, weights, self.unit)
 
 
@@ -121,7 +125,7 @@ class Rule(abc.ABC):
 
     def was_cut(self, spectrum, epsilon):
         """Whether eps < 1/M_x made the rule choose less than it was told to; a bool tensor."""
-        return tf.constant(False)
+        return ops.zeros([], "bool")
 
     @abc.abstractmethod
     def get_config(self):
@@ -164,11 +168,11 @@ class Fraction(Rule):
     def __call__(self, spectrum, iteration):
         dtype = spectrum.lambda_max.dtype
         if isinstance(self.c, float):
-            c = tf.constant(self.c, dtype)
+            c = ops.convert_to_tensor(self.c, dtype)
         else:
             # A schedule knows no bounds; the paper's eps < 1/M_x holds all the same.
-            c = tf.clip_by_value(tf.cast(self.c(iteration), dtype), 0, _JUST_UNDER)
-        return tf.math.divide_no_nan(c, spectrum.lambda_max)
+            c = ops.clip(ops.cast(self.c(iteration), dtype), 0, _JUST_UNDER)
+        return ops.divide_no_nan(c, spectrum.lambda_max)
 
     def get_config(self):
         if isinstance(self.c, float):
@@ -194,13 +198,14 @@ class Fixed(Rule):
         self.value = _number("value", value, 0, float("inf"), "a finite float >= 0", closed=True)
 
     def __call__(self, spectrum, iteration):
-        return tf.minimum(self._told(spectrum), _below_bound(spectrum))
+        return ops.minimum(self._told(spectrum), _below_bound(spectrum))
 
     def was_cut(self, spectrum, epsilon):
         return self._told(spectrum) > epsilon
 
     def _told(self, spectrum):
-        return tf.constant(self.value, spectrum.unit.dtype) * spectrum.unit * spectrum.unit
+        value = ops.convert_to_tensor(self.value, spectrum.unit.dtype)
+        return value * spectrum.unit * spectrum.unit
 
     def get_config(self):
         return {"value": self.value}
@@ -227,14 +232,14 @@ class WeakField(Rule):
     def __call__(self, spectrum, iteration):
         spectrum = spectrum.quadrature()
         largest = _below_bound(spectrum, where_zero=0.0)
-        low, high = tf.zeros_like(largest), tf.ones_like(largest)
+        low, high = ops.zeros_like(largest), ops.ones_like(largest)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             fits = spectrum.weak_field_error(middle * largest) <= self.tolerance
-            low, high = tf.where(fits, middle, low), tf.where(fits, high, middle)
+            low, high = ops.where(fits, middle, low), ops.where(fits, high, middle)
         # Bisection ends just below its upper end; where that fits too, it is the answer.
         fits = spectrum.weak_field_error(largest) <= self.tolerance
-        return tf.where(fits, largest, low * largest)
+        return ops.where(fits, largest, low * largest)
 
     def get_config(self):
         return {"tolerance": self.tolerance}
@@ -266,11 +271,15 @@ def get(epsilon):
 
 
 def _below_bound(spectrum, where_zero=None):
-    where_zero = spectrum.lambda_max.dtype.max if where_zero is None else where_zero
-    below = tf.math.divide_no_nan(
-        tf.constant(_JUST_UNDER, spectrum.lambda_max.dtype), spectrum.lambda_max
-    )
-    return tf.where(spectrum.lambda_max > 0, below, where_zero)
+    dtype = spectrum.lambda_max.dtype
+    where_zero = _largest_number(dtype) if where_zero is None else where_zero
+    just_under = ops.convert_to_tensor(_JUST_UNDER, dtype)
+    below = ops.divide_no_nan(just_under, spectrum.lambda_max)
+    return ops.where(spectrum.lambda_max > 0, below, where_zero)
+
+
+def _largest_number(dtype):
+    return float(np.finfo(keras.backend.standardize_dtype(dtype)).max)
 
 
 def _number(name, value, low, high, expected, closed=False):

@@ -5,7 +5,7 @@ import numbers
 
 import numpy as np
 import scipy.linalg
-import tensorflow as tf
+from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import vectors
@@ -68,7 +68,7 @@ class DiffusionMetric:
         """The length of v in the metric, a float, for v a list of tensors shaped as the weights."""
         D = self.diffusion_matrix
         v = D.vector(v)
-        k = D.gradients.dot(v).numpy().astype(np.float64)
+        k = D.products(v)
         # A sum of squares: no difference of large numbers.
         return math.sqrt(float(vectors.norm(v)) ** 2 + self.epsilon * np.mean((k - k.mean()) ** 2))
 
@@ -99,10 +99,10 @@ def inverse_product(diffusion_matrix, epsilon, v):
     D = diffusion_matrix
     v = D.vector(v)
     n = D.n_examples
-    k = D.gradients.dot(v).numpy().astype(np.float64)
+    k = D.products(v)
     system = np.eye(n) + epsilon * D.centered_gram()
     solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
-    weights = tf.constant(solution - solution.mean(), D.gradients.dtype)
+    weights = ops.cast(solution - solution.mean(), D.gradients.dtype)
     return vectors.add(v, D.gradients.combine(weights), -epsilon / n)
 
 
@@ -144,8 +144,8 @@ def _spectrum(diffusion_matrix, v):
     weights = (diffusion_matrix.example_coordinates(v) / (norm if norm > 0 else 1.0)) ** 2
     rest = max(1 - weights.sum(), 0)
     return SpectralMeasure(
-        lambda_max=tf.constant(top / unit**2, tf.float64),
-        nodes=tf.constant(np.append(eigenvalues / unit**2, 0), tf.float64),
-        weights=tf.constant(np.append(weights, rest), tf.float64),
-        unit=tf.constant(unit, tf.float64),
+        lambda_max=ops.convert_to_tensor(top / unit**2),
+        nodes=ops.convert_to_tensor(np.append(eigenvalues / unit**2, 0)),
+        weights=ops.convert_to_tensor(np.append(weights, rest)),
+        unit=ops.convert_to_tensor(np.float64(unit)),
     )

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras.src.models.functional import Functional  # as in type(keras.Model(inputs, outputs))
 
 from keras_rgd import per_example
-from keras_rgd.optimizer import RGD
+from keras_rgd.optimizer import inner_rgd
 
 _SEEDS = "seed_generators.npz"
 
@@ -22,15 +22,15 @@ _CHECKED = ("layerwise", "vectorized_map")
 class RGDMixin:
     """A training step that hands `RGD` per-example gradients.
 
-    `class MyModel(keras_rgd.RGDMixin, keras.Model)` trains with `RGD`; with any other optimizer
-    it is what it was without the mixin. `compile`, `fit`, `evaluate` and saving are Keras's own.
-    During training two metrics are added to the logs, the epoch's means over the steps:
-    `step_epsilon` and `step_weak_field_error`.
+    `class MyModel(keras_rgd.RGDMixin, keras.Model)` trains with `RGD`; with any other optimizer,
+    and with `RGD(window=W)`, it is what it was without the mixin. `compile`, `fit`, `evaluate` and
+    saving are Keras's own. During training two metrics are added to the logs, the epoch's means
+    over the steps: `step_epsilon` and `step_weak_field_error`.
     """
 
     def train_step(self, data):
         """One step along (I - eps D) v, Eq. (10); other optimizers get their plain step."""
-        optimizer = inner_rgd(self.optimizer)
+        optimizer = _by_example(self.optimizer)
         if optimizer is None:
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -91,7 +91,7 @@ class RGDMixin:
             return
         self._step_state = None
         super().make_train_function(force)
-        if inner_rgd(self.optimizer) is None:
+        if _by_example(self.optimizer) is None:
             return
         replicas = self.distribute_strategy.num_replicas_in_sync
         if replicas > 1:
@@ -244,10 +244,10 @@ class _StepState:
         ]
 
 
-def inner_rgd(optimizer):
-    """The `RGD` that `optimizer` is or wraps (mixed precision wraps it), or `None`."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return inner if isinstance(inner, RGD) else None
+def _by_example(optimizer):
+    """The `RGD` in `optimizer` that takes D from the batch's examples, or `None`."""
+    rgd = inner_rgd(optimizer)
+    return None if rgd is None or rgd.window is not None else rgd
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")

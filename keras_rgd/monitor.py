@@ -11,13 +11,12 @@ import numpy as np
 import rich.console
 import tensorflow as tf
 
-from keras_rgd import batches, summaries
+from keras_rgd import arguments, batches, summaries
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd import per_example as ways
 from keras_rgd.geometry.neglected import pointwise_terms
 from keras_rgd.geometry.point import Point
 from keras_rgd.measurement import Measurement, as_batch
-from keras_rgd.model import inner_rgd
+from keras_rgd.optimizer import inner_rgd
 from keras_rgd.record import load_records, save_records
 
 # Into `logs`, and so to the progress bar, History and CSVLogger; the rest is in the records.
@@ -80,11 +79,11 @@ class DiffusionMonitor(keras.callbacks.Callback):
         verbose=True,
     ):
         super().__init__()
-        if not ways.is_count(examples):
+        if not arguments.is_count(examples):
             raise ValueError(
                 f"`examples` must be a positive integer. Received: examples={examples!r}"
             )
-        ways.check_way(per_example, chunk_size)
+        arguments.check_way(per_example, chunk_size)
         if neglected_terms and training:
             raise ValueError(
                 "`neglected_terms` are those of evaluation mode. Received: neglected_terms=True, "

@@ -4,15 +4,19 @@ import contextlib
 import numbers
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from keras_rgd import arguments
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd import per_example as per_example_gradients
+from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.step import iterated_step_of, step_of
+from keras_rgd.window import DTYPES, GradientWindow, WindowGradients
 
 _ORDINARY_MODEL = """\
 RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
-weight was changed. Use a model that takes RGD steps:
+weight was changed. Either take D from the last mini-batch gradients, with this model as it is:
+    model.compile(keras_rgd.RGD(learning_rate, window=32), ...)
+or use a model that takes RGD steps by the gradients of its examples:
     model = keras_rgd.RGDSequential([...])      # instead of keras.Sequential([...])
     model = keras_rgd.RGDModel(inputs, outputs) # instead of keras.Model(inputs, outputs)
     model = keras_rgd.to_rgd(model)             # an existing model, sharing its weights
@@ -27,12 +31,15 @@ class RGD(keras.optimizers.Optimizer):
     """Gradient descent in the diffusion metric (relativistic gradient descent).
 
     Each step goes along `(I - eps D) v`, Eq. (10) of Fioresi, Chaudhari and Soatto (2020): v is
-    the gradient of the batch's loss and D the diffusion matrix, the covariance of the gradients
-    of the batch's examples. Everything else (momentum, weight decay, clipping, averaging, loss
-    scaling, schedules, constraints) acts on this direction as it would on a gradient.
+    the gradient of the batch's loss and D the diffusion matrix. Everything else (momentum, weight
+    decay, clipping, averaging, loss scaling, schedules, constraints) acts on this direction as it
+    would on a gradient. D is taken from one of two sources:
 
-    Compile a `keras_rgd.RGDModel`, `RGDSequential` or a subclass of `RGDMixin` with it; an
-    ordinary `keras.Model` is refused at its first step, before a weight changes.
+    - `window=W`: the last W mini-batch gradients. For any `keras.Model`, on every backend of
+      Keras, under `tf.distribute` as well.
+    - without `window`: the gradients of the batch's examples. For a `keras_rgd.RGDModel`,
+      `RGDSequential` or a subclass of `RGDMixin`, on TensorFlow. An ordinary `keras.Model` is
+      refused at its first step, before a weight changes.
 
     Args:
         learning_rate: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a callable
@@ -55,6 +62,16 @@ class RGD(keras.optimizers.Optimizer):
             residual is a tenth of it. M_x is then an estimate, from an iteration that goes on from
             step to step, times 1.2, or 1.5 where one pass was not enough. No example may enter
             another's loss. Defaults to `None`, batches are taken whole.
+        window: W, how many mini-batch gradients D is taken from, at least 2, the current one among
+            them: D = |B| / (W - 1) sum_t (v_t - vbar) (v_t - vbar)^T. Until two are stored the
+            step is plain SGD's. They take W times the memory of the weights, and are saved with
+            the optimizer. Defaults to `None`, D of the batch's examples.
+        window_dtype: the dtype of the stored gradients, "float32", "bfloat16" or "float64".
+            Defaults to `None`, the weights' dtype, at least float32.
+        batch_size: |B|, of which D is so many times the variance of the window's gradients. It
+            cancels in the step, but not in `lambda_max`, `chosen_epsilon` and the rule `Fixed`.
+            With several replicas or accumulated gradients it is that of all of them together.
+            Defaults to `None`, which is 1: D is then that variance itself.
         weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name: as in
             every Keras optimizer.
@@ -72,6 +89,9 @@ class RGD(keras.optimizers.Optimizer):
         per_example="auto",
         chunk_size=None,
         microbatch_size=None,
+        window=None,
+        window_dtype=None,
+        batch_size=None,
         weight_decay=None,
         clipnorm=None,
         clipvalue=None,
@@ -104,18 +124,33 @@ class RGD(keras.optimizers.Optimizer):
             )
         if not isinstance(nesterov, bool):
             raise ValueError(f"`nesterov` must be True or False. Received: nesterov={nesterov!r}")
-        per_example_gradients.check_way(per_example, chunk_size)
-        if microbatch_size is not None and not per_example_gradients.is_count(microbatch_size):
+        arguments.check_way(per_example, chunk_size)
+        if microbatch_size is not None and not arguments.is_count(microbatch_size):
             raise ValueError(
                 "`microbatch_size` must be a positive integer, or None for the whole batch. "
                 f"Received: microbatch_size={microbatch_size!r}"
             )
         self._epsilon = epsilon_rules.get(epsilon)
+        _check_source(window, window_dtype, batch_size, self._epsilon)
+        if window is not None and (per_example, chunk_size, microbatch_size) != (
+            "auto",
+            None,
+            None,
+        ):
+            raise ValueError(
+                "`window` takes D from mini-batch gradients, and has no use for `per_example`, "
+                "`chunk_size` and `microbatch_size`, which are about the gradients of examples. "
+                f"Received: window={window!r}, per_example={per_example!r}, "
+                f"chunk_size={chunk_size!r}, microbatch_size={microbatch_size!r}"
+            )
         self.momentum = float(momentum)
         self.nesterov = nesterov
         self.per_example = per_example
         self.chunk_size = chunk_size
         self.microbatch_size = microbatch_size
+        self.window = window
+        self.window_dtype = window_dtype
+        self.batch_size = batch_size
         self.per_example_choice = None
         self._applies_direction = False
 
@@ -144,10 +179,22 @@ class RGD(keras.optimizers.Optimizer):
                 self.add_variable_from_reference(variable, name="top_direction")
                 for variable in variables
             ]
-        self.lambda_max = self.add_variable((), name="lambda_max")
-        self.chosen_epsilon = self.add_variable((), name="chosen_epsilon")
-        self.step_weak_field_error = self.add_variable((), name="step_weak_field_error")
-        self.epsilon_cuts = self.add_variable((), dtype="int64", name="epsilon_cuts")
+        self._window = None
+        if self.window is not None:
+            self._window = GradientWindow(
+                self.add_variable, variables, self.window, self.window_dtype
+            )
+            announcement = self._window.announcement()
+            if announcement is not None:
+                print(announcement, flush=True)
+        self.lambda_max = self._add_scalar("lambda_max")
+        self.chosen_epsilon = self._add_scalar("chosen_epsilon")
+        self.step_weak_field_error = self._add_scalar("step_weak_field_error")
+        self.epsilon_cuts = self._add_scalar("epsilon_cuts", dtype="int")
+
+    def _add_scalar(self, name, dtype=None):
+        # Every replica finds the same.
+        return self.add_variable((), dtype=dtype, aggregation="only_first_replica", name=name)
 
     def direction(self, gradients):
         """(I - eps D) v for one batch, Eq. (10), choosing and recording eps.
@@ -190,12 +237,12 @@ class RGD(keras.optimizers.Optimizer):
             (self.step_weak_field_error, spectrum.weak_field_error(epsilon)),
         ]
         # A batch that overflowed (half precision skips it) must not become the next estimate.
-        finite = tf.reduce_all([tf.math.is_finite(value) for _, value in values])
+        finite = ops.all(ops.stack([ops.isfinite(value) for _, value in values]))
         for variable, value in [*values, *zip(self.top_directions, top, strict=True)]:
-            value = tf.cast(value, variable.dtype)
-            variable.assign(tf.where(finite, value, variable.value))
-        cut = tf.logical_and(finite, self.epsilon.was_cut(spectrum, epsilon))
-        self.epsilon_cuts.assign_add(tf.cast(cut, "int64"))
+            value = ops.cast(value, variable.dtype)
+            variable.assign(ops.where(finite, value, variable.value))
+        cut = ops.logical_and(finite, self.epsilon.was_cut(spectrum, epsilon))
+        self.epsilon_cuts.assign_add(ops.cast(cut, self.epsilon_cuts.dtype))
 
     @contextlib.contextmanager
     def applying_direction(self):
@@ -217,15 +264,61 @@ class RGD(keras.optimizers.Optimizer):
             self.apply(direction, trainable_variables)
 
     def apply(self, grads, trainable_variables=None):
-        """Apply a direction; plain gradients are refused.
+        """Apply gradients with `window`, and a direction without.
 
         Raises:
-            ValueError: called by anything that does not say that it applies a direction, as the
-                `train_step` of an ordinary `keras.Model`.
+            ValueError: called without `window` by anything that does not say that it applies a
+                direction, as the `train_step` of an ordinary `keras.Model`.
         """
-        if not self._applies_direction:
+        if self.window is None and not self._applies_direction:
             raise ValueError(_ORDINARY_MODEL)
         super().apply(grads, trainable_variables)
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        # Places and not variables, which Keras would take for some of the optimizer's own.
+        self._places = [self._get_variable_index(v) for v in trainable_variables]
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _clip_gradients(self, grads):
+        """What Keras does first in an update, once gradients are unscaled and accumulated."""
+        if self.window is None or self._applies_direction:
+            return super()._clip_gradients(grads)
+        replicas = _replicas()
+        if replicas > 1:
+            pairs = zip(grads, self._places, strict=True)
+            grads = [g for g, _ in self._all_reduce_sum_gradients(pairs)]
+        direction = super()._clip_gradients(self._along_window(grads))
+        # Keras adds up what the replicas hand it, and each has the whole direction.
+        return direction if replicas == 1 else [d / replicas for d in direction]
+
+    def _along_window(self, gradients):
+        """(I - eps D) v with the window's D, for the gradients v in `self._places`."""
+        v = [None] * len(self._window.variables)
+        for place, gradient in zip(self._places, gradients, strict=True):
+            v[place] = gradient
+        step = self._window.step(v, self.batch_size or 1)
+        epsilon = self.epsilon(step.spectrum, self.iterations)
+        direction = step.direction(epsilon)
+        step.store()
+        self._record(step.spectrum, epsilon, [])
+        pairs = zip(self._places, gradients, strict=True)
+        return [ops.cast(direction[place], gradient.dtype) for place, gradient in pairs]
+
+    def diffusion_matrix(self):
+        """D of the window as a `DiffusionMatrix`, on the gradients that are stored now.
+
+        Raises:
+            ValueError: the optimizer has no window, or one with fewer than two gradients.
+        """
+        if self.window is None:
+            raise ValueError(
+                "This RGD has no window. Expected RGD(window=W); for the D of a model's examples "
+                "use keras_rgd.diffusion_matrix(model, x, y)."
+            )
+        stored = self._window.count() if self.built else 0
+        if stored < 2:
+            raise ValueError(f"D needs two stored gradients, so two steps. Received: {stored}")
+        return DiffusionMatrix(WindowGradients(self._window, self.batch_size or 1))
 
     def update_step(self, gradient, variable, learning_rate):
         """The update of `keras.optimizers.SGD`, of one variable along its direction."""
@@ -250,6 +343,63 @@ class RGD(keras.optimizers.Optimizer):
                 "per_example": self.per_example,
                 "chunk_size": self.chunk_size,
                 "microbatch_size": self.microbatch_size,
+                "window": self.window,
+                "window_dtype": self.window_dtype,
+                "batch_size": self.batch_size,
             }
         )
         return config
+
+
+def inner_rgd(optimizer):
+    """The `RGD` that `optimizer` is or wraps (mixed precision wraps it), or `None`."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return inner if isinstance(inner, RGD) else None
+
+
+def _check_source(size, dtype, batch_size, rule):
+    """Raise `ValueError` unless the arguments name a source of D that this backend has."""
+    if size is None:
+        for name, value in (("window_dtype", dtype), ("batch_size", batch_size)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` needs a `window`. Received: {name}={value!r}, no window"
+                )
+        backend = keras.backend.backend()
+        if backend != "tensorflow":
+            raise ValueError(
+                "RGD without `window` takes D from the gradients of the batch's examples, which "
+                "needs the TensorFlow backend of Keras. Write keras_rgd.RGD(..., window=32), or "
+                f"set KERAS_BACKEND=tensorflow. Received: window=None, backend {backend!r}"
+            )
+        return
+    if not arguments.is_count(size) or size < 2:
+        raise ValueError(
+            "`window` must be an integer >= 2, the number of mini-batch gradients that D is taken "
+            f"from, or None. Received: window={size!r}"
+        )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"`window_dtype` must be one of {', '.join(map(repr, DTYPES))}, or None for the "
+            f"weights' dtype. Received: window_dtype={dtype!r}"
+        )
+    if batch_size is not None and not arguments.is_count(batch_size):
+        raise ValueError(
+            f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
+        )
+    if batch_size is None and isinstance(rule, epsilon_rules.Fixed):
+        raise ValueError(
+            "An eps of a fixed value needs to know |B|, in whose units it is. Write "
+            "keras_rgd.RGD(..., epsilon=keras_rgd.epsilon.Fixed(value), window=32, batch_size=64) "
+            "with the number of examples in your batches. Received: batch_size=None"
+        )
+
+
+def _replicas():
+    """How many replicas take this step together, in the replica context of `tf.distribute`."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync

@@ -1,6 +1,6 @@
 """D as one training step sees it: M_x, v's spectral measure, and the way back to the weights."""
 
-import tensorflow as tf
+from keras import ops
 
 from keras_rgd import bounds, vectors
 from keras_rgd.diffusion import ESTIMATE_MARGIN, DiffusionMatrix
@@ -47,18 +47,18 @@ class GramStep:
     def __init__(self, gradients):
         self._gradients = gradients
         space = gradients.example_space()
-        n = tf.cast(gradients.n_examples, space.gram.dtype)
+        n = ops.cast(gradients.n_examples, space.gram.dtype)
         noise = space.largest * bounds.machine_epsilon(space.gram.dtype)
-        k = space.gram - tf.reduce_mean(space.gram, 0, keepdims=True)
-        k = (k - tf.reduce_mean(k, 1, keepdims=True)) / n
+        k = space.gram - ops.mean(space.gram, 0, keepdims=True)
+        k = (k - ops.mean(k, 1, keepdims=True)) / n
         # What is rounding alone is no variance: equal gradients differ by that.
-        real = tf.cast(tf.linalg.trace(k) > 8 * noise, k.dtype)
-        self._centred = real * (space.products - tf.reduce_mean(space.products))
+        real = ops.cast(ops.trace(k) > 8 * noise, k.dtype)
+        self._centred = real * (space.products - ops.mean(space.products))
         self.spectrum = GramSpectrum(
             lambda_max=real * (bounds.trace_power_bound(k) + noise),
             unit=space.unit,
             gram=real * k,
-            products=self._centred / tf.sqrt(n),
+            products=self._centred / ops.sqrt(n),
             square=space.square,
         )
 
@@ -82,9 +82,9 @@ class MatvecStep:
     def __init__(self, gradients, image, lambda_max):
         self._gradients, self._image = gradients, image
         unit = image.unit
-        mass = tf.square(image.size / unit)
+        mass = ops.square(image.size / unit)
         nodes, weights = bounds.moments_measure(
-            lambda_max, mass, mass * tf.square(image.alpha / unit)
+            lambda_max, mass, mass * ops.square(image.alpha / unit)
         )
         self.spectrum = SpectralMeasure(
             lambda_max=lambda_max, nodes=nodes, weights=weights, unit=unit

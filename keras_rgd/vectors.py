@@ -1,24 +1,24 @@
 """Vectors in weight space, kept as lists of tensors shaped as the weights."""
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 
 def inner(a, b):
     """Euclidean inner product of two lists of tensors, a scalar tensor."""
-    return tf.add_n([tf.reduce_sum(x * y) for x, y in zip(a, b, strict=True)])
+    return sum(ops.sum(x * y) for x, y in zip(a, b, strict=True))
 
 
 def norm(a):
     """Euclidean norm, safe where the squares of the entries leave the range of the dtype."""
-    largest = tf.reduce_max(tf.stack([_largest(x) for x in a]))
-    unit = tf.where(largest > 0, largest, tf.ones_like(largest))
-    return unit * tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(x / unit)) for x in a]))
+    largest = ops.max(ops.stack([_largest(x) for x in a]))
+    unit = ops.where(largest > 0, largest, ops.ones_like(largest))
+    return unit * ops.sqrt(sum(ops.sum(ops.square(x / unit)) for x in a))
 
 
 def _largest(x):
     # A weight with no entries has no largest one; -inf would survive the maximum.
-    return tf.reduce_max(tf.abs(x)) if x.shape.num_elements() != 0 else tf.zeros([], x.dtype)
+    return ops.zeros([], x.dtype) if 0 in tuple(x.shape) else ops.max(ops.abs(x))
 
 
 def scale(a, factor):
@@ -33,7 +33,7 @@ def add(a, b, factor=1.0):
 
 def safe_divide(a, b):
     """A / b, and 0 where b is 0; a scalar or a tensor."""
-    return tf.math.divide_no_nan(a, b)
+    return ops.divide_no_nan(a, b)
 
 
 def size(weights):
@@ -43,7 +43,7 @@ def size(weights):
 
 def flatten(a):
     """One numpy vector of length d from a list of tensors."""
-    return np.concatenate([np.reshape(x, -1) for x in a])
+    return np.concatenate([np.reshape(ops.convert_to_numpy(x), -1) for x in a])
 
 
 def unflatten(vector, like, dtype=None):
@@ -54,6 +54,6 @@ def unflatten(vector, like, dtype=None):
     ends = np.cumsum([np.prod(w.shape, dtype=int) for w in like])
     parts = np.split(np.asarray(vector), ends[:-1])
     return [
-        tf.constant(np.reshape(p, w.shape), dtype or w.dtype)
+        ops.convert_to_tensor(np.reshape(p, w.shape), dtype or w.dtype)
         for p, w in zip(parts, like, strict=True)
     ]

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
+from keras_rgd import arguments, routes
 from keras_rgd import per_example as ways
-from keras_rgd import routes
 from keras_rgd.batches import Batches
 from keras_rgd.diffusion import FLOAT32_EPSILON, LARGEST_RELATIVE_CUT
 from keras_rgd.measurement import as_batch, mean_std, noise_scale, way_for
@@ -150,7 +150,7 @@ def spectrum(
     """
     started = time.perf_counter()
     _check_counts(k=k, examples=examples, batch_size=batch_size, memory_limit=memory_limit)
-    ways.check_way(per_example)
+    arguments.check_way(per_example)
     ways.check_model(model)
     if method not in METHODS:
         raise ValueError(
@@ -194,7 +194,7 @@ def spectrum(
 def _check_counts(**counts):
     for name, value in counts.items():
         optional = name in ("k", "examples")
-        if not (ways.is_count(value) or (optional and value is None)):
+        if not (arguments.is_count(value) or (optional and value is None)):
             allowed = "a positive integer" + (" or None" if optional else "")
             raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
 

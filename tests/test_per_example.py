@@ -11,7 +11,7 @@ from cases import BY_NAME
 from keras import layers as L
 
 import keras_rgd
-from keras_rgd import per_example as ways
+from keras_rgd import arguments
 
 CROSSENTROPY = cases.CROSSENTROPY
 
@@ -412,7 +412,7 @@ def test_weights_may_have_several_dtypes(first, last):
 
 def test_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match="'vectorized_map'. Received: per_example='jacobian'"):
-        ways.check_way("jacobian")
+        arguments.check_way("jacobian")
 
 
 # the facts of TensorFlow that the checks stand on

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rgd import per_example as ways
+from keras_rgd.arguments import is_count
 from keras_rgd.geometry.point import Point
 from keras_rgd.per_example.loss import call_model, compute_loss
 from keras_rgd.progress import SHOWN_AFTER, progress_bar
@@ -112,7 +113,7 @@ def sgd_ensemble(
     started = time.perf_counter()
     counts = dict(steps=steps, batch_size=batch_size, runs=runs, every=every)
     for name, value in counts.items():
-        if not ways.is_count(value):
+        if not is_count(value):
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
     if not isinstance(learning_rate, numbers.Real) or not learning_rate > 0:
         raise ValueError(

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import numbers
 
 import keras
 import tensorflow as tf
 
-from keras_rgd import vectors
+from keras_rgd import backends, vectors
+from keras_rgd.arguments import check_way
 from keras_rgd.per_example import checks, lanes
 from keras_rgd.per_example.checks import (
     check_apart,
@@ -23,13 +23,12 @@ from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.loss import batch_size
 from keras_rgd.per_example.pieces import Pieces
 
-WAYS = ("auto", "layerwise", "double_backward", "vectorized_map")
+backends.needs_tensorflow(__name__)
 
 # One chunk of gradients is held in memory; this is what it may take, in bytes.
 _CHUNK_BYTES = 2**30
 
 __all__ = [
-    "WAYS",
     "Choice",
     "PerExampleGradients",
     "batch_size",
@@ -37,35 +36,14 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_pieces",
-    "check_way",
     "choose_way",
     "first_examples",
-    "is_count",
     "make_way",
     "measuring_way",
     "per_example_gradients",
     "seed_generators",
     "working_dtype",
 ]
-
-
-def check_way(per_example, chunk_size=None):
-    """Raise `ValueError` unless the arguments name a way to per-example gradients."""
-    if per_example not in WAYS:
-        raise ValueError(
-            f"`per_example` must be one of {', '.join(map(repr, WAYS))}. "
-            f"Received: per_example={per_example!r}"
-        )
-    if chunk_size is not None and not is_count(chunk_size):
-        raise ValueError(
-            "`chunk_size` must be a positive integer, or None for the whole batch. "
-            f"Received: chunk_size={chunk_size!r}"
-        )
-
-
-def is_count(value):
-    """Whether `value` is a positive integer."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
 
 
 def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True):
@@ -133,7 +111,7 @@ def choose_way(model, per_example, x, y, sample_weight, *, training, dynamic, co
 
     Args:
         model: a compiled, built model.
-        per_example: one of `WAYS`.
+        per_example: one of `keras_rgd.arguments.WAYS`.
         x: the first batch's inputs.
         y: its targets.
         sample_weight: its sample weights or `None`.
@@ -194,7 +172,7 @@ def make_way(
 
     Args:
         model: a compiled, built model.
-        per_example: one of `WAYS` but "auto", which is for `choose_way`.
+        per_example: one of `keras_rgd.arguments.WAYS` but "auto", which is for `choose_way`.
         training: whether layers behave as in training.
         chunk_size: examples whose gradients "vectorized_map" holds at once.
         compiled: whether the caller compiles what it traces with XLA.
@@ -291,7 +269,7 @@ def measuring_way(
         y: its targets.
         sample_weight: its sample weights or `None`.
         training: whether layers behave as in training.
-        per_example: one of `WAYS`.
+        per_example: one of `keras_rgd.arguments.WAYS`.
         chunk_size: examples whose gradients are held at once. Defaults to `None`, as many as fit
             in 1 GiB.
         precise: whether "layerwise" works in float64, as the Gram matrix of one batch should.

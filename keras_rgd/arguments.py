@@ -1,0 +1,25 @@
+"""Checks of arguments that more than one part takes."""
+
+import numbers
+
+# The ways to per-example gradients.
+WAYS = ("auto", "layerwise", "double_backward", "vectorized_map")
+
+
+def check_way(per_example, chunk_size=None):
+    """Raise `ValueError` unless the arguments name a way to per-example gradients."""
+    if per_example not in WAYS:
+        raise ValueError(
+            f"`per_example` must be one of {', '.join(map(repr, WAYS))}. "
+            f"Received: per_example={per_example!r}"
+        )
+    if chunk_size is not None and not is_count(chunk_size):
+        raise ValueError(
+            "`chunk_size` must be a positive integer, or None for the whole batch. "
+            f"Received: chunk_size={chunk_size!r}"
+        )
+
+
+def is_count(value):
+    """Whether `value` is a positive integer."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,323 @@
+"""D from a window of mini-batch gradients, for any model, loss, strategy and Keras backend.
+
+The paper defines D as |B| times the variance of the mini-batch gradient (text before Eq. 2). The
+last W of them are W samples of it, up to the drift of the weights:
+
+    D = (|B| / (n - 1)) sum_t (v_t - vbar) (v_t - vbar)^T
+
+over the n <= W gradients that are stored, the current one among them. Centring by the plain mean,
+with the current gradient in, was as good as any other way of treating the drift that we measured
+(docs/window.md).
+"""
+
+import keras
+from keras import ops
+
+from keras_rgd import bounds, vectors
+from keras_rgd.epsilon import GramSpectrum
+
+DTYPES = ("bfloat16", "float32", "float64")
+
+# What is rounding, in the last digits of the gradients.
+_NOISE = 32
+
+# In bytes; a window above it is announced before training.
+_LARGE = 2**30
+
+# Weights with fewer entries are stored together, that a step of many biases is not one of many
+# operations. For larger ones joining them would cost more.
+_SMALL = 2**13
+
+
+class GradientWindow:
+    """The last W gradients as variables of an optimizer, and what a step needs of them.
+
+    Beside the gradients stand their squared distances |v_t - v_s|^2, of which each step computes
+    one row, and <v_t - v_T, v_T> of the last one, v_T. Both follow from those before and a product
+    of the window with v_T - v_(T-1): few digits are lost to the mean, which may be far longer than
+    the noise.
+
+    Args:
+        add_variable: the optimizer's method of that name.
+        variables: the weights.
+        size: W.
+        dtype: of the stored gradients, or `None` for `working_dtype(variables)`.
+    """
+
+    def __init__(self, add_variable, variables, size, dtype=None):
+        self.size = size
+        self.variables = list(variables)
+        self.dtype = working_dtype(variables)
+        self.stored_dtype = dtype or self.dtype
+
+        def add(shape, dtype, name):
+            # Every replica has the same gradient, the all-reduced one.
+            return add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
+
+        sizes = [vectors.size([v]) for v in self.variables]
+        self.groups = _groups(sizes)
+        self.rows = [
+            add((size, sum(sizes[i] for i in group)), self.stored_dtype, f"window_{j}")
+            for j, group in enumerate(self.groups)
+        ]
+        self.distances = add((size, size), self.dtype, "window_distances")
+        self.products = add((size,), self.dtype, "window_products")
+        self.stored = add((), "int", "window_stored")
+
+    @property
+    def nbytes(self):
+        """What the stored gradients take, in bytes."""
+        bits = {"bfloat16": 16, "float32": 32, "float64": 64}[self.stored_dtype]
+        return self.size * vectors.size(self.variables) * bits // 8
+
+    def count(self):
+        """How many gradients were stored so far, an int; outside a graph."""
+        return int(ops.convert_to_numpy(self.stored.value))
+
+    def announcement(self):
+        """A line for the user where the window is large, else `None`."""
+        if self.nbytes <= _LARGE:
+            return None
+        smaller = "" if self.stored_dtype == "bfloat16" else '; window_dtype="bfloat16" takes less'
+        return (
+            f"RGD(window={self.size}) stores {self.size} gradients of "
+            f"{vectors.size(self.variables):,} weights in {self.stored_dtype}: "
+            f"{self.nbytes / 2**30:.1f} GiB{smaller}."
+        )
+
+    def step(self, gradients, batch_size):
+        """The `WindowStep` along a new gradient, which is not stored yet.
+
+        Args:
+            gradients: v, a list of tensors shaped as the weights; `None` stands for 0.
+            batch_size: |B|.
+        """
+        return WindowStep(self, self.flat(gradients), batch_size)
+
+    def flat(self, v):
+        """A list of tensors shaped as the weights, or `None` for 0, as one of group vectors."""
+        parts = [
+            ops.zeros([vectors.size([variable])], self.dtype)
+            if x is None
+            else ops.cast(ops.reshape(ops.convert_to_tensor(x), [-1]), self.dtype)
+            for x, variable in zip(v, self.variables, strict=True)
+        ]
+        return [
+            parts[group[0]] if len(group) == 1 else ops.concatenate([parts[i] for i in group])
+            for group in self.groups
+        ]
+
+    def shaped(self, flat, first=()):
+        """A list of group vectors (*first, size) as one of tensors (*first, *weight shape)."""
+        tensors = [None] * len(self.variables)
+        for x, group in zip(flat, self.groups, strict=True):
+            end = 0
+            for i in group:
+                shape = tuple(self.variables[i].shape)
+                start, end = end, end + vectors.size([self.variables[i]])
+                tensors[i] = ops.reshape(x[..., start:end], [*first, *shape])
+        return tensors
+
+    def read(self):
+        """The stored gradients, a list of tensors (W, size of a group)."""
+        # A gather from a TensorFlow variable would make each read of it a copy: it is read once.
+        return [ops.stop_gradient(row.value) for row in self.rows]
+
+
+def _dot(rows, v):
+    """<v_t, v> for each place t, shape (W,), for v a list of group vectors."""
+    return sum(ops.matmul(ops.cast(row, x.dtype), x) for row, x in zip(rows, v, strict=True))
+
+
+def _square(v):
+    """|v|^2 for v a list of group vectors."""
+    return sum(ops.matmul(x, x) for x in v)
+
+
+def _combine(w, rows):
+    """sum_t w_t v_t, a list of group vectors, for w of shape (W,) or (m, W)."""
+    return [ops.matmul(w, ops.cast(row, w.dtype)) for row in rows]
+
+
+def _place(rows, t, dtype):
+    """The gradient in place t, a list of group vectors."""
+    return [ops.cast(ops.take(row, t, axis=0), dtype) for row in rows]
+
+
+class WindowStep:
+    """One step along v: the spectrum of the window's D with v in it, and (I - eps D) v.
+
+    Every use of the stored gradients comes before `store`, and what is stored depends on the
+    direction: so XLA overwrites the oldest gradient in place, where it would copy the window.
+
+    Attributes:
+        spectrum: for a rule of `keras_rgd.epsilon`.
+    """
+
+    def __init__(self, window, v, batch_size):
+        self._window, self._v, self._rows = window, v, window.read()
+        dtype, W = window.dtype, window.size
+        self._slot, last = window.stored % W, (window.stored + W - 1) % W
+        places = ops.arange(W, dtype=window.stored.dtype)
+        self._here = ops.cast(places == self._slot, dtype)
+        # A product, as XLA would compile an index anew for each value.
+        there = ops.cast(places == last, dtype)
+        # As they will be stored.
+        self._new = [ops.cast(ops.cast(x, window.stored_dtype), dtype) for x in v]
+        before = _place(self._rows, last, dtype)
+        change = [new - old for new, old in zip(self._new, before, strict=True)]
+        q = _dot(self._rows, change)
+        square, moved = _square(self._new), _square(change)
+        # |v_t - v_T|^2 and <v_t - v_T, v_T> from those of v_(T-1).
+        before, at_last = ops.matmul(there, window.distances), ops.sum(there * q)
+        distances = ops.maximum(moved + before - 2 * (q - at_last), 0) * (1 - self._here)
+        products = window.products + (q - at_last) - (at_last + moved)
+        self._products = products * (1 - self._here)
+        row, column = self._here[:, None], self._here[None]
+        others = window.distances * (1 - row) * (1 - column)
+        self._distances = others + row * distances[None] + column * distances[:, None]
+
+        n = ops.minimum(window.stored + 1, W)
+        valid = ops.cast(places < n, dtype)
+        n = ops.cast(n, dtype)
+        scale = batch_size / ops.maximum(n - 1, 1)
+        squares = self._distances * valid[:, None] * valid
+        largest = ops.max(squares)
+        unit = ops.sqrt(ops.where(largest > 0, largest, ops.ones_like(largest)))
+        k = _gram_of_distances(squares / unit / unit, valid, n) * scale
+        self._square, length = square, ops.sqrt(square) / unit
+        noise = bounds.machine_epsilon(dtype)
+        # What is rounding alone is no variance: equal gradients differ by that.
+        real = ops.cast(unit * (_NOISE * noise) * length < ops.sqrt(largest), dtype)
+        centred = self._products / unit / unit * valid * real
+        # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
+        for _ in range(2):
+            centred = (centred - ops.sum(centred) / n) * valid
+        self._weights = scale * centred
+        self.spectrum = GramSpectrum(
+            lambda_max=real * (bounds.trace_power_bound(k) + scale * n * noise * length),
+            gram=real * k,
+            products=ops.sqrt(scale) * centred,
+            square=ops.square(length),
+            unit=unit,
+        )
+
+    def direction(self, epsilon):
+        """(I - eps D) v, Eq. (10), for eps in the unit of the spectrum."""
+        w = epsilon * self._weights
+        own = ops.sum(w * self._here)
+        others = _combine(w * (1 - self._here), self._rows)
+        direction = [(1 - own) * x - y for x, y in zip(self._v, others, strict=True)]
+        self._probe = sum(x[0] for x in direction)
+        return self._window.shaped(direction)
+
+    def store(self):
+        """Put v in the place of the oldest gradient; where the step is not finite, zeros.
+
+        The next gradient takes that place then. After `direction`.
+        """
+        window = self._window
+        finite = ops.isfinite(self._probe + self._square)
+        for variable, row, x in zip(window.rows, self._rows, self._new, strict=True):
+            new = ops.where(finite, ops.cast(x, window.stored_dtype), 0)
+            variable.assign(ops.slice_update(row, [self._slot, 0], new[None]))
+        for variable, value in (
+            (window.distances, self._distances),
+            (window.products, self._products),
+            (window.stored, window.stored + 1),
+        ):
+            variable.assign(ops.where(finite, value, variable.value))
+
+
+class WindowGradients:
+    """A window's gradients as `keras_rgd.DiffusionMatrix` takes those of examples.
+
+    Scaled so that their D, (1/n) G^T H G, is the window's. It looks at the optimizer's variables:
+    the next step changes what it says.
+
+    Args:
+        window: a `GradientWindow` with at least two gradients.
+        batch_size: |B|.
+    """
+
+    way = "window"
+    gram_is_cheap = True
+
+    def __init__(self, window, batch_size):
+        self._window = window
+        self.n_examples = min(window.count(), window.size)
+        self.weights = window.variables
+        self.dtype = window.dtype
+        self._scale = (batch_size * self.n_examples / (self.n_examples - 1)) ** 0.5
+
+    @property
+    def gradient(self):
+        """v, the gradient stored last, a list of tensors shaped as the weights."""
+        last = (self._window.count() - 1) % self._window.size
+        return self._window.shaped(_place(self._window.read(), last, self.dtype))
+
+    def cast(self, tensors):
+        """A list of tensors as one of `dtype`."""
+        return [ops.cast(ops.convert_to_tensor(t), self.dtype) for t in tensors]
+
+    def dot(self, v):
+        """<g_t, v>, shape (n,), for v a list of tensors shaped as the weights."""
+        k = _dot(self._window.read(), self._window.flat(v))
+        return self._scale * k[: self.n_examples]
+
+    def combine(self, w):
+        """sum_t w_t g_t, a list of tensors shaped as the weights, for w of shape (n,)."""
+        return [x[0] for x in self.combine_many(w[None])]
+
+    def combine_many(self, w):
+        """Rows of `combine`: for w of shape (m, n) a list of tensors (m, *weight shape)."""
+        w = self._scale * ops.pad(w, [[0, 0], [0, self._window.size - self.n_examples]])
+        return self._window.shaped(_combine(w, self._window.read()), [w.shape[0]])
+
+    def mean(self):
+        """The mean of the g_t, a list of tensors shaped as the weights."""
+        return self.combine(ops.full([self.n_examples], 1 / self.n_examples, self.dtype))
+
+    def unit(self, mean):
+        """A positive scalar of the order of the gradients: their squares in it stay in range."""
+        signs = 1.0 - 2.0 * ops.cast(ops.arange(self.n_examples) % 2, self.dtype)
+        other = self.combine(signs / self.n_examples)
+        size = ops.maximum(vectors.norm(mean), vectors.norm(other))
+        return ops.where(size > 0, size, ops.ones_like(size))
+
+    def gram(self, center=None, unit=1.0):
+        """<(g_t - c) / unit, (g_s - c) / unit>, shape (n, n); c = 0 where `center` is `None`."""
+        center = self._window.flat([None] * len(self.weights) if center is None else center)
+        total = 0
+        for row, c in zip(self._window.read(), center, strict=True):
+            g = (self._scale * ops.cast(row[: self.n_examples], self.dtype) - c) / unit
+            total = total + ops.matmul(g, ops.transpose(g))
+        return total
+
+
+def _groups(sizes):
+    """The places of the sizes: each large one alone, and the small ones together."""
+    large = [[i] for i, size in enumerate(sizes) if size >= _SMALL]
+    small = [i for i, size in enumerate(sizes) if size < _SMALL]
+    return [*large, small] if small else large
+
+
+def working_dtype(variables):
+    """The widest floating dtype of variables, and at least float32, as a string."""
+    dtypes = {keras.backend.standardize_dtype(v.dtype) for v in variables}
+    return "float64" if "float64" in dtypes else "float32"
+
+
+def _gram_of_distances(squares, valid, n):
+    """The Gram matrix of n points less their mean, from their squared distances.
+
+    -H E H / 2, as in classical multidimensional scaling (Torgerson 1952).
+
+    Args:
+        squares: E, shape (W, W), 0 where a point is not valid.
+        valid: 1 for a point and 0 for none, shape (W,).
+        n: their number, a scalar tensor.
+    """
+    means = ops.sum(squares, 1) / n
+    centred = squares - means[:, None] - means + ops.sum(means) / n
+    return -centred * valid[:, None] * valid / 2

@@ -1,0 +1,31 @@
+"""What runs on every backend of Keras, run on those that are not TensorFlow.
+
+Keras reads KERAS_BACKEND once, so each backend has a process of its own.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).with_name("any_backend")
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_what_runs_anywhere_runs_on(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f'{backend} is not installed: python -m pip install -e ".[backends]"')
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-q", str(TESTS)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40

@@ -1,0 +1,149 @@
+"""RGD with a window on TensorFlow: strategies, XLA, and models of every kind.
+
+What does not depend on the backend is in `any_backend/test_window.py`.
+"""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import reference
+import steps
+import tensorflow as tf
+from cases import BY_NAME
+
+import keras_rgd
+
+
+def gradient(model, x, y):
+    """v of the batch as a step of `fit` sees it, float64 (d,)."""
+    with reference.unchanged(model), tf.GradientTape() as tape:
+        y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+        loss = model.compute_loss(x=x, y=y, y_pred=y_pred)
+    weights = [v.value for v in model.trainable_variables]
+    zero = tf.UnconnectedGradients.ZERO
+    return reference.flatten(tape.gradient(loss, weights, unconnected_gradients=zero))
+
+
+KINDS = (
+    "conv2d",
+    "batch_normalization",
+    "embedding_mask_loss",
+    "lstm",
+    "two_inputs_two_outputs",
+    "regularizers",
+    "own_compute_loss",
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_models_of_any_kind_step_along_the_direction_of_an_explicit_D(name):
+    case = BY_NAME[name]
+    for mode in steps.MODES:
+        model = steps.build(case)
+        optimizer = keras_rgd.RGD(0.1, window=3, batch_size=4)
+        case.compile(model, optimizer, jit_compile=mode == "xla")
+        rng, seen = np.random.default_rng(0), []
+        for _ in range(5):
+            x, y = case.data(rng)
+            seen.append(gradient(model, x, y))
+            before = reference.flatten(model.trainable_variables)
+            model.train_on_batch(x, y)
+            step = (before - reference.flatten(model.trainable_variables)) / 0.1
+            V = np.array(seen[-3:])
+            centred = (V - V.mean(0)) * np.sqrt(4 / max(len(V) - 1, 1))
+            epsilon = float(optimizer.chosen_epsilon)
+            expected = V[-1] - epsilon * (centred.T @ (centred @ V[-1]))
+            assert reference.relative_error(step, expected) < 1e-4
+            assert epsilon * np.linalg.norm(centred, 2) ** 2 < 1
+
+
+def test_a_model_of_keras_applications_trains_as_it_is():
+    model = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    model.compile(keras_rgd.RGD(0.05, window=8), loss)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 48)
+    x = (rng.normal(size=(48, 32, 32, 3)) + y[:, None, None, None]).astype("float32")
+    losses = model.fit(x, y, batch_size=16, epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert model.optimizer.diffusion_matrix().rank() == 7
+
+
+STRATEGY = """
+import sys
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, keras_rgd
+
+def trained(strategy, options):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, "tanh"),
+                                  keras.layers.Dense(1)])
+        model.compile(keras_rgd.RGD(0.1, window=4, batch_size=8, **options), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(96, 5)), rng.normal(size=(96, 1))
+    model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    optimizer = model.optimizer
+    values = [*model.get_weights(), optimizer.lambda_max, optimizer.chosen_epsilon]
+    return [np.array(v) for v in values], optimizer.diffusion_matrix().eigenvalues()[:3]
+
+for options in ({}, {"momentum": 0.9, "global_clipnorm": 0.5}):
+    one, spectrum = trained(tf.distribute.get_strategy(), options)
+    two, spectra = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), options)
+    for a, b in zip([*one, spectrum], [*two, spectra]):
+        np.testing.assert_allclose(b, a, rtol=2e-4, atol=1e-5)
+    print("equal", float(one[-1]) > 0)
+"""
+
+
+def test_two_replicas_take_the_steps_of_one():
+    result = subprocess.run(
+        [sys.executable, "-c", STRATEGY], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["equal", "True"] * 2
+
+
+def test_an_rgd_model_with_a_window_is_its_parent():
+    x, y = np.ones((4, 3), "float32"), np.zeros((4, 1), "float32")
+    histories = []
+    for Model in (keras.Sequential, keras_rgd.RGDSequential):
+        keras.utils.set_random_seed(0)
+        model = Model([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile(keras_rgd.RGD(0.1, window=2), "mse")
+        histories.append(model.fit(x, y, batch_size=2, epochs=3, verbose=0).history)
+    assert histories[0] == histories[1]
+
+
+def test_an_ordinary_model_is_told_of_the_window():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(keras_rgd.RGD(0.1), "mse")
+    with pytest.raises(ValueError, match=r"keras_rgd.RGD\(learning_rate, window=32\)"):
+        model.fit(np.ones((2, 3)), np.ones((2, 1)), verbose=0)
+
+
+def test_without_a_window_there_is_no_D_to_show():
+    with pytest.raises(ValueError, match=r"Expected RGD\(window=W\)"):
+        keras_rgd.RGD().diffusion_matrix()
+
+
+def test_double_precision_is_exact(float64):
+    weights = [keras.Variable(np.zeros((3, 2))), keras.Variable(np.zeros(4))]
+    optimizer = keras_rgd.RGD(1.0, window=3)
+    optimizer.build(weights)
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(6):
+        given = [1 + 1e-3 * rng.normal(size=w.shape) for w in weights]
+        for w in weights:
+            w.assign(np.zeros(w.shape))
+        optimizer.apply([tf.constant(g) for g in given], weights)
+        seen.append(reference.flatten(given))
+        centred = np.array(seen[-3:]) - np.mean(seen[-3:], 0)
+        D = centred.T @ centred / max(len(centred) - 1, 1)
+        expected = seen[-1] - float(optimizer.chosen_epsilon) * D @ seen[-1]
+        assert reference.relative_error(-reference.flatten(weights), expected) < 1e-11
