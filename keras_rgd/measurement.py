@@ -112,14 +112,16 @@ class Measurement:
         self._way = way_for(model, batch, training, per_example, chunk_size)
         self._last_top = None
 
-    def __call__(self, rule, *, epoch, step, step_epsilon):
+    def __call__(self, rule, *, epoch, step, rgd=None, step_epsilon=math.nan):
         """Measure now.
 
         Args:
             rule: a rule of `keras_rgd.epsilon`, applied to the measured D along the gradient.
             epoch: recorded.
             step: recorded, and the rule's iteration.
-            step_epsilon: recorded.
+            rgd: the `RGD` that trains the model, whose own D is recorded beside. Defaults to
+                `None`.
+            step_epsilon: recorded. Defaults to NaN.
 
         Returns:
             A `DiffusionRecord`.
@@ -130,6 +132,7 @@ class Measurement:
         try:
             values = _spectral_values(D) | _gradient_values(D, rule, step)
             values["overlap"] = self._overlap(D, values["rank_gram"])
+            values |= _window_values(D, rgd, self._weights)
         except NotFiniteError as error:
             self._last_top = None
             values = _undefined_values(D, error)
@@ -142,6 +145,7 @@ class Measurement:
             per_example=gradients.way,
             rank_bound=D.n_examples - 1,
             step_epsilon=step_epsilon,
+            step_lambda_max=math.nan if rgd is None else float(rgd.lambda_max),
             seconds=time.perf_counter() - start,
             **values,
         )
@@ -169,7 +173,7 @@ class Measurement:
 def _undefined_values(D, error):
     """The fields of a record of gradients that are not finite: training goes on, and so do we."""
     values = {f.name: math.nan for f in dataclasses.fields(DiffusionRecord) if f.type is float}
-    del values["step_epsilon"], values["seconds"]
+    del values["step_epsilon"], values["step_lambda_max"], values["seconds"]
     return values | {
         "eigenvalues": np.full(min(D.shape[0], D.n_examples), math.nan),
         "rank": None,
@@ -237,6 +241,21 @@ def _gradient_values(D, rule, step):
             D.n_examples, D.trace(), float(vectors.norm(D.gradients.mean())) ** 2
         ),
     }
+
+
+def _window_values(D, rgd, weights):
+    """The fields of a record that compare the window's D with the measured one."""
+    if rgd is None or rgd.window is None or rgd.stored_gradients < 2:
+        return {}
+    window, v = rgd.diffusion_matrix(), D.gradients.gradient
+    # Layers may have been frozen since the optimizer was built.
+    of = dict(zip(map(id, weights), v, strict=True))
+    whole = [of.get(id(w), np.zeros(w.shape)) for w in window.gradients.weights]
+    images = dict(zip(map(id, window.gradients.weights), window.matvec(whole), strict=True))
+    a, b = D.matvec(v), [images[id(w)] for w in weights]
+    lengths = float(vectors.norm(a)) * float(vectors.norm(b))
+    cosine = float(vectors.inner(a, b)) / lengths if lengths > 0 else math.nan
+    return {"window_rank": window.rank(), "window_cosine": cosine}
 
 
 def noise_scale(n, trace, mean_square):

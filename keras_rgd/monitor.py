@@ -35,8 +35,9 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     The same examples are measured each time. Put it before callbacks that read `logs`
     (TensorBoard, CSVLogger, EarlyStopping): `rank`, `rank_gram`, `lambda_max`, `epsilon`,
-    `weak_field_error` and `weak_field_error_gradient` are there. Measuring changes nothing in the
-    training: no seed, moving statistic or metric.
+    `weak_field_error` and `weak_field_error_gradient` are there. With `RGD(window=W)` also
+    `window_cosine`, of D v by the window and D v as measured here: 1 where they agree. Measuring
+    changes nothing in the training: no seed, moving statistic or metric.
 
     Args:
         data: the examples to measure on: a tuple `(x, y)` or `(x, y, sample_weight)` of arrays, a
@@ -127,13 +128,16 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 rule,
                 epoch=epoch,
                 step=int(optimizer.iterations),
-                step_epsilon=float(logs.get("step_epsilon", math.nan)),
+                rgd=rgd,
+                step_epsilon=_step_epsilon(rgd, logs),
             )
             if self._neglected and math.isfinite(record.epsilon):
                 terms = pointwise_terms(self._point, rule, record.epsilon)
                 record = dataclasses.replace(record, **terms)
         self.records.append(record)
-        logs.update({name: _number(getattr(record, name)) for name in _LOGGED})
+        windowed = rgd is not None and rgd.window is not None
+        logged = (*_LOGGED, "window_cosine") if windowed else _LOGGED
+        logs.update({name: _number(getattr(record, name)) for name in logged})
         if self._writer is not None:
             summaries.write(self._writer, record)
 
@@ -175,6 +179,13 @@ class DiffusionMonitor(keras.callbacks.Callback):
             timer.join()
             if spins:
                 status.stop()
+
+
+def _step_epsilon(rgd, logs):
+    """The epoch's mean where the model has it, else what the window's last step used."""
+    if rgd is not None and rgd.window is not None:
+        return float(rgd.chosen_epsilon)
+    return float(logs.get("step_epsilon", math.nan))
 
 
 def _number(value):

@@ -304,6 +304,13 @@ class RGD(keras.optimizers.Optimizer):
         pairs = zip(self._places, gradients, strict=True)
         return [ops.cast(direction[place], gradient.dtype) for place, gradient in pairs]
 
+    @property
+    def stored_gradients(self):
+        """How many gradients are in the window, an int; 0 without one."""
+        if self.window is None or not self.built:
+            return 0
+        return min(self._window.count(), self.window)
+
     def diffusion_matrix(self):
         """D of the window as a `DiffusionMatrix`, on the gradients that are stored now.
 
@@ -315,9 +322,10 @@ class RGD(keras.optimizers.Optimizer):
                 "This RGD has no window. Expected RGD(window=W); for the D of a model's examples "
                 "use keras_rgd.diffusion_matrix(model, x, y)."
             )
-        stored = self._window.count() if self.built else 0
-        if stored < 2:
-            raise ValueError(f"D needs two stored gradients, so two steps. Received: {stored}")
+        if self.stored_gradients < 2:
+            raise ValueError(
+                f"D needs two stored gradients, so two steps. Received: {self.stored_gradients}"
+            )
         return DiffusionMatrix(WindowGradients(self._window, self.batch_size or 1))
 
     def update_step(self, gradient, variable, learning_rate):

@@ -167,6 +167,47 @@ def test_with_rgd_the_rule_is_the_optimizers_and_the_steps_are_averaged():
     assert record.step_epsilon == pytest.approx(np.mean(seen), rel=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_with_a_window_its_D_is_recorded_beside_the_measured_one(frozen):
+    case = BY_NAME["dense"]
+    model = steps.build(case)
+    x, y, _ = case.batch()
+    optimizer = keras_rgd.RGD(0.01, window=3, batch_size=2)
+    monitor = DiffusionMonitor((x, y))
+    case.compile(model, optimizer)
+    if frozen:
+        optimizer.build(model.trainable_variables)
+        next(layer for layer in reversed(model.layers) if layer.weights).trainable = False
+        case.compile(model, optimizer)
+    logs = model.fit(x, y, batch_size=2, epochs=2, verbose=0, callbacks=[monitor]).history
+    record = monitor.records[-1]
+    dense = dense_now(case, model)
+    rows = optimizer._window.rows[0].numpy().astype("float64")
+    d = keras_rgd.vectors.size(model.trainable_variables)
+    assert rows.shape[1] == len(dense.v)
+    assert (d < len(dense.v)) == frozen
+    centred = rows - rows.mean(0)
+    D = 2 / 2 * (centred.T @ centred)[:d, :d]
+    a, b = D @ dense.v[:d], dense.D[:d, :d] @ dense.v[:d]
+    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert record.window_cosine == pytest.approx(expected, rel=1e-4)
+    assert logs["window_cosine"][-1] == record.window_cosine
+    assert record.window_rank == 2
+    assert record.step_lambda_max == float(optimizer.lambda_max)
+    assert record.step_lambda_max >= np.linalg.norm(centred, 2) ** 2 * 0.999
+    assert record.step_epsilon == float(optimizer.chosen_epsilon)
+
+
+def test_without_a_window_its_fields_are_empty():
+    case = BY_NAME["dense"]
+    monitor = DiffusionMonitor(case.batch()[:2])
+    fitted(case, "sgd", [monitor], epochs=1)
+    record = monitor.records[0]
+    assert record.window_rank is None
+    assert math.isnan(record.window_cosine)
+    assert math.isnan(record.step_lambda_max)
+
+
 def test_overlap_compares_the_top_eigenspaces_of_two_epochs():
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
