@@ -23,6 +23,10 @@ from keras_rgd.progress import progress_bar
 # Rows that enter the d x d matrix together: enough for a matrix product to pay.
 ROWS = 2048
 
+# Columns of it that are updated together. BLAS's own product for this, syrk, ends in a segmentation
+# fault with OpenBLAS 0.3.30 from some d of 24,000 on.
+COLUMNS = 2048
+
 # Rows of the trace's pass that may be in memory, in bytes.
 ROW_BYTES = 2**28
 
@@ -195,23 +199,25 @@ def covariance(passes):
     passes.means  # noqa: B018  # known before there are rows
     d = passes.d
     D = np.zeros((d, d), passes.dtype, order="F")
-    update = scipy.linalg.get_blas_funcs("syrk", dtype=D.dtype)
     buffer, filled, trace = np.empty((min(ROWS, passes.n), d), D.dtype), 0, 0.0
 
-    def add(rows, D):
-        # rows.T stands in Fortran's order, as BLAS wants it: no copy.
-        return update(1 / passes.n, rows.T, beta=1.0, c=D, lower=1, overwrite_c=1)
+    def add(rows):
+        # The lower triangle, for LAPACK, of which D.T holds the columns as rows.
+        for start in range(0, d, COLUMNS):
+            block = slice(start, start + COLUMNS)
+            D.T[block, start:] += (rows[:, block].T / passes.n) @ rows[:, start:]
 
     for rows in passes.centred_rows(f"D, {d:,} x {d:,}"):
         trace += float(np.einsum("nd,nd->n", rows, rows).sum(dtype=np.float64)) / passes.n
         for at in range(0, len(rows), len(buffer)):
             part = rows[at : at + len(buffer)]
             if filled + len(part) > len(buffer):
-                D, filled = add(buffer[:filled], D), 0
+                add(buffer[:filled])
+                filled = 0
             buffer[filled : filled + len(part)] = part
             filled += len(part)
         del rows, part
-    D = add(buffer[:filled], D)
+    add(buffer[:filled])
     del buffer
     return _all_eigenvalues(passes, D, trace)
 
