@@ -1,5 +1,6 @@
 """The examples and notebooks run as a newcomer runs them, offline."""
 
+import json
 import math
 import os
 import pathlib
@@ -137,6 +138,68 @@ def test_three_trajectories_are_compared(tmp_path):
     assert np.all(series["RGD-GD distance"][:, 0] == 0)
     assert np.all(series["RGD-GD distance"][:, 1:] > 0)
     assert np.all(np.diff(series["GD loss"]) < 0)
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_a_window_comes_near_the_D_of_all_examples(
+    network, tmp_path, monkeypatch, examples, capsys
+):
+    import estimators
+
+    monkeypatch.setattr(estimators, "MOMENTS", (100,))
+    monkeypatch.setattr(estimators, "AROUND", (-10, 0))
+    monkeypatch.setattr(estimators, "DRAWS", 200)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", f"estimators.py --seeds 1 --network {network}".split())
+    estimators.main()
+    (row,) = re.findall(r"^\| 100 \| (.*) \|$", capsys.readouterr().out, re.M)
+    batch, *windows = map(float, row.split(" | "))
+    assert len(windows) == 4
+    assert 0.5 < batch <= 1
+    assert 0.85 < windows[-1] <= 1
+    picture = tmp_path / "estimators_out" / f"estimators_digits_{network}.png"
+    assert picture.stat().st_size > 10_000
+
+
+def test_ways_of_centring_are_compared(tmp_path, monkeypatch, examples, capsys):
+    import estimators
+
+    monkeypatch.setattr(estimators, "MOMENTS", (40,))
+    monkeypatch.setattr(estimators, "AROUND", (0,))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["estimators.py", "--centrings"])
+    estimators.main()
+    rows = re.findall(r"^\| (\d+ \| [\d.]+ \| \d+) \| (.*) \|$", capsys.readouterr().out, re.M)
+    assert len(rows) == 3 * 3 * 2
+    assert all(-1 <= float(value) <= 1 for _, cells in rows for value in cells.split(" | "))
+
+
+def test_centrings_leave_no_mean_and_keep_the_covariance_of_noise(examples):
+    import estimators
+
+    noise = np.random.default_rng(0).normal(size=(32, 20_000))
+    for name, matrix in estimators.centrings(32).items():
+        np.testing.assert_allclose(matrix @ np.ones(32), 0, atol=1e-12)
+        # tr of what is left of white noise, over what would be without centring.
+        assert 0.9 < np.sum((matrix @ noise) ** 2) / noise.size < 1.0, name
+
+
+def test_optimizers_are_compared(tmp_path):
+    options = "--dataset digits --steps 20 --every 10 --seeds 2".split()
+    result = run(ROOT / "examples" / "compare_optimizers.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = re.findall(r"^\| ([^|]*) \| (\S+) \| ([\d.]+)% .* \|$", result.stdout, re.M)
+    assert [row[0] for row in rows] == [
+        "SGD",
+        "SGD, momentum 0.9",
+        "RGD, examples",
+        "RGD, window 32",
+        "Adam",
+    ]
+    assert all(float(row[2]) > 20 for row in rows)
+    runs = json.loads((tmp_path / "compare_optimizers_out" / "digits.json").read_text())
+    assert len(runs) == 5 * 8
+    assert (tmp_path / "compare_optimizers_out" / "digits.png").stat().st_size > 10_000
 
 
 @pytest.mark.filterwarnings("ignore")

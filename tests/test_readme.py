@@ -2,6 +2,7 @@
 
 import re
 
+import keras
 import layer_table
 import pytest
 from cases import CASES
@@ -22,18 +23,26 @@ def test_the_layer_table_is_what_the_steps_do(case):
         assert layer_table.cell(case, column) in written[column].split(" or "), column
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch):
     text = layer_table.README.read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(import keras, keras_rgd\n.*?)```", text, re.DOTALL)
-    assert len(example.splitlines()) <= 14
+    stock, own = re.findall(r"```python\n(import keras, keras_rgd\n.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    names = run(stock)
+    assert type(names["model"]) is keras.Sequential
+    assert names["model"].optimizer.window == 32
+    names = run(own)
+    assert len(names["monitor"].records) == 5
+    assert list((tmp_path / "logs" / "diffusion").iterdir())
+    assert isinstance(names["model"].optimizer, keras_rgd.RGD)
+
+
+def run(example):
+    assert len(example.splitlines()) <= 14
     names = {}
     exec(EXAMPLE_DATA, names)  # noqa: S102
     layers = "[keras.Input((5,)), keras.layers.Dense(3, activation='softmax')]"
     exec(example.replace("[...]", layers), names)  # noqa: S102
-    assert len(names["monitor"].records) == 5
-    assert list((tmp_path / "logs" / "diffusion").iterdir())
-    assert isinstance(names["model"].optimizer, keras_rgd.RGD)
+    return names
 
 
 EXAMPLE_DATA = """
