@@ -153,7 +153,7 @@ class DiffusionMatrix:
             v=image.direction,
             u=image.examples,
             max_steps=_MAX_STEPS,
-            limit=ops.where(agree, 1, _MAX_STEPS),
+            limit=ops.cast(ops.where(agree, 1, _MAX_STEPS), "int32"),
             growth=_GROWTH,
         )
         return ops.where(agree, ops.maximum(own, last), top)
