@@ -169,7 +169,9 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
     """
 
     def top(alphas, betas):
-        lower = ops.diag(alphas) + ops.diag(betas[1:], k=-1)
+        dtype = alphas.dtype
+        lower = ops.eye(max_steps, dtype=dtype) * alphas
+        lower = lower + ops.eye(max_steps, k=-1, dtype=dtype) * betas[:, None]
         return trace_power_bound(lower @ ops.transpose(lower), squarings=6)
 
     def go_on(step, _alphas, _betas, _basis, _v, before, now):
@@ -239,9 +241,11 @@ def _orthonormal(p, *others):
 
 
 def _tridiagonal(diagonal, off_diagonal):
-    t = ops.diag(ops.stack(diagonal))
-    off = ops.diag(ops.stack(off_diagonal), k=1)
-    return t + off + ops.transpose(off)
+    # Not `ops.diag`, whose shape XLA does not know with Keras 3.8.
+    m, dtype = len(diagonal), diagonal[0].dtype
+    off = ops.stack([*off_diagonal, ops.zeros_like(diagonal[0])])
+    off = ops.eye(m, k=-1, dtype=dtype) * off
+    return ops.eye(m, dtype=dtype) * ops.stack(diagonal) + off + ops.transpose(off)
 
 
 def machine_epsilon(dtype):
