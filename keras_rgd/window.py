@@ -24,8 +24,8 @@ _NOISE = 32
 # In bytes; a window above it is announced before training.
 _LARGE = 2**30
 
-# Weights with fewer entries are stored together, that a step of many biases is not one of many
-# operations. For larger ones joining them would cost more.
+# Weights with fewer entries are stored together: hundreds of biases would be hundreds of operations.
+# Joining larger ones would cost more than it saves.
 _SMALL = 2**13
 
 
@@ -164,8 +164,8 @@ class WindowStep:
         there = ops.cast(places == last, dtype)
         # As they will be stored.
         self._new = [ops.cast(ops.cast(x, window.stored_dtype), dtype) for x in v]
-        before = _place(self._rows, last, dtype)
-        change = [new - old for new, old in zip(self._new, before, strict=True)]
+        lasts = _place(self._rows, last, dtype)
+        change = [new - old for new, old in zip(self._new, lasts, strict=True)]
         q = _dot(self._rows, change)
         square, moved = _square(self._new), _square(change)
         # |v_t - v_T|^2 and <v_t - v_T, v_T> from those of v_(T-1).
@@ -208,7 +208,7 @@ class WindowStep:
         own = ops.sum(w * self._here)
         others = _combine(w * (1 - self._here), self._rows)
         direction = [(1 - own) * x - y for x, y in zip(self._v, others, strict=True)]
-        self._probe = sum(x[0] for x in direction)
+        self._probe = sum(x[0] for x in direction if x.shape[0] > 0)
         return self._window.shaped(direction)
 
     def store(self):
