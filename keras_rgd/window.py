@@ -24,8 +24,8 @@ _NOISE = 32
 # In bytes; a window above it is announced before training.
 _LARGE = 2**30
 
-# Weights with fewer entries are stored together: hundreds of biases would be hundreds of operations.
-# Joining larger ones would cost more than it saves.
+# Weights with fewer entries are stored together, as hundreds of biases would be hundreds of
+# operations. Joining larger ones would cost more than it saves.
 _SMALL = 2**13
 
 
