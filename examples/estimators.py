@@ -205,16 +205,17 @@ def average(tables):
 
 def show_windows(args):
     seeds = range(args.seed, args.seed + args.seeds)
-    tables = [
-        measured(Training(args, args.batch_size, args.learning_rate, seed), batch_and_windows)
-        for seed in seeds
-    ]
-    table, spread = average(tables)
+    trainings = [Training(args, args.batch_size, args.learning_rate, seed) for seed in seeds]
+    table, spread = average([measured(training, batch_and_windows) for training in trainings])
     print("| step | D of the batch's examples | " + " | ".join(f"W = {W}" for W in WINDOWS) + " |")
     print("|---" * (2 + len(WINDOWS)) + "|")
     for moment, found in table.items():
         print(f"| {moment} | " + " | ".join(f"{value:.2f}" for value in found.values()) + " |")
     print(f"\nmeans of {len(seeds)} seeds, none further than {spread:.2f} from its mean")
+    if trainings[-1].mixes:
+        v = trainings[-1].gradient(*next(trainings[-1].batches()))
+        both = (trainings[-1].product(v) for _ in range(2))
+        print(f"D v of {DRAWS} mini-batches and of {DRAWS} others: cosine {cosine(*both):.2f}")
     picture = args.out / f"estimators_{args.dataset}_{args.network}.png"
     draw(table, args).savefig(picture, dpi=150)
     print(f"picture  {picture}")
