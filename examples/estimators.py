@@ -19,6 +19,7 @@ from pathlib import Path
 
 import digits
 import keras
+import matplotlib
 import numpy as np
 import tensorflow as tf
 from keras import layers
@@ -224,16 +225,16 @@ def show_windows(args):
 def draw(table, args):
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.add_subplot()
-    shades = np.linspace(0.85, 0.15, len(table))
+    shades = np.linspace(0.15, 0.95, len(table))
     for shade, (moment, found) in zip(shades, table.items(), strict=True):
-        color = (shade * 0.9, shade * 0.8, 1 - 0.5 * shade)
+        color = matplotlib.colormaps["viridis_r"](shade)
         cosines = [found[f"{W}"] for W in WINDOWS]
         ax.plot(WINDOWS, cosines, "o-", color=color, label=f"step {moment}")
         ax.axhline(found["batch"], color=color, ls=":", lw=1)
     ax.set_xscale("log")
     ax.set_xticks(WINDOWS, labels=[str(W) for W in WINDOWS])
     ax.minorticks_off()
-    ax.set_ylim(top=1)
+    ax.set_ylim(0.4, 1)
     ax.set_xlabel("W, mini-batch gradients in the window")
     ax.set_ylabel("cosine of D v with that of all of D")
     ax.set_title(
@@ -241,7 +242,7 @@ def draw(table, args):
         "dotted: the batch's examples",
         fontsize="medium",
     )
-    ax.legend()
+    ax.legend(loc="lower right")
     return figure
 
 
@@ -267,7 +268,7 @@ def main():
     parser.add_argument("--network", choices=("mlp", "cnn"), default="mlp")
     parser.add_argument("--batch-size", type=digits.positive_int, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--seeds", type=digits.positive_int, default=3)
+    parser.add_argument("--seeds", type=digits.positive_int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--centrings", action="store_true", help="compare ways of centring")
     parser.add_argument("--out", type=Path, default=Path("estimators_out"))
