@@ -1,6 +1,6 @@
 """RGD with a window on TensorFlow: strategies, XLA, and models of every kind.
 
-What does not depend on the backend is in `any_backend/test_window.py`.
+What does not depend on the backend is in `any_backend/test_window_anywhere.py`.
 """
 
 import subprocess
