@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import keras_rgd
 
@@ -154,8 +155,9 @@ def draw(runs, args):
     by_rate.set(xlabel="learning rate", ylabel="test accuracy at the end, %")
     by_step.set(xlabel="step", ylabel="training loss, best rate")
     by_second.set(xlabel="seconds of training", ylabel="test accuracy, %, best rate")
-    top = by_second.get_ylim()[1]
-    by_second.set_ylim(bottom=top - 20 if args.dataset != "cifar10" else top - 40)
+    by_step.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_step.yaxis.set_major_formatter("{x:g}")
+    by_step.yaxis.set_minor_formatter(NullFormatter())
     by_rate.legend(fontsize="small")
     figure.suptitle(f"{args.dataset}, mini-batches of {args.batch_size}", fontsize="medium")
     return figure

@@ -251,7 +251,8 @@ def pictures(n=96):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, n)
     x = rng.normal(size=(n, 8, 8, 1)) + y[:, None, None, None]
-    return x.astype("float32"), y
+    # JAX has no int64, and warns.
+    return x.astype("float32"), y.astype("int32")
 
 
 def test_a_stock_model_with_batch_normalization_trains():
