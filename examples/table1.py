@@ -42,6 +42,10 @@ DATASETS = {
 
 FORWARD_PASSES = 30  # until the moving statistics are those of the data
 
+# Steps until lambda_max of random weights no longer changes several-fold from one to the next, and
+# its estimate stands.
+SETTLING = 8
+
 
 def main():
     args = parse_arguments()
@@ -64,18 +68,27 @@ def main():
         print(f"| {name} | {d:,} | {(paper_n - 1) / d:.3%} | {(n - 1) / d:.3%} |")
 
     print(
-        f"\nA step on {args.batch_size} images, median of {args.repeats} (seconds; GiB at the peak)"
+        f"\nA step on {args.batch_size} images, medians of {args.repeats} at first and of "
+        f"{args.repeats} after {SETTLING} more (seconds; GiB at the peak)"
     )
-    print("\n| | SGD | RGD | RGD / SGD | memory, SGD | RGD | eps lambda_max | way |")
-    print("|---|---:|---:|---:|---:|---:|---:|---|")
+    print(
+        "\n| | SGD | RGD at first | over SGD's | lambda_max from, to | RGD later | over SGD's "
+        "| lambda_max from, to | memory, SGD | RGD | eps lambda_max | way |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|")
     for name in networks:
         sgd, rgd = (in_a_process(args, name, part) for part in ("sgd", "rgd"))
-        print(
-            f"| {name} | {sgd['seconds']:.2f} | {rgd['seconds']:.2f} "
-            f"| {rgd['seconds'] / sgd['seconds']:.2f} | {sgd['memory']:.1f} | {rgd['memory']:.1f} "
-            f"| {rgd['epsilon_lambda_max']:.2f} | {rgd['way']} |",
-            flush=True,
-        )
+        cells = [f"{sgd['seconds']:.2f}"]
+        for part in ("first", "later"):
+            seconds, (start, end) = rgd[part]["seconds"], rgd[part]["lambda_max"]
+            cells += [
+                f"{seconds:.2f}",
+                f"{seconds / sgd['seconds']:.2f}",
+                f"{start:.3g}, {end:.3g}",
+            ]
+        cells += [f"{sgd['memory']:.1f}", f"{rgd['memory']:.1f}"]
+        cells += [f"{rgd['epsilon_lambda_max']:.2f}", rgd["way"]]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     print(f"\nD over {args.examples} images, evaluation mode (squared gradient; peak GiB)")
     print("\n| | five largest eigenvalues | trace | rank, of at most N - 1 | seconds | memory |")
@@ -120,31 +133,36 @@ def compiled(model, optimizer):
     return model
 
 
-def steps(args, model, x, y):
-    """Median seconds of a step after the first, which builds it."""
+def median_step(count, model, x, y):
+    """Median seconds of `count` steps."""
     times = []
-    for _ in range(args.repeats + 1):
+    for _ in range(count):
         start = time.perf_counter()
         loss = model.train_on_batch(x, y, return_dict=True)["loss"]
         times.append(time.perf_counter() - start)
     if not np.all(np.isfinite([loss, *(np.sum(w) for w in model.get_weights())])):
         raise SystemExit(f"{model.name}: a step was not finite.")
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def sgd_part(args, network):
     model, x, y = prepared(args, network, args.batch_size)
-    seconds = steps(args, compiled(model, keras.optimizers.SGD(0.01)), x, y)
-    return {"seconds": seconds, "memory": peak()}
+    compiled(model, keras.optimizers.SGD(0.01))
+    median_step(1, model, x, y)  # builds it
+    return {"seconds": median_step(2 * args.repeats, model, x, y), "memory": peak()}
 
 
 def rgd_part(args, network):
     model, x, y = prepared(args, network, args.batch_size)
     model = compiled(keras_rgd.to_rgd(model), keras_rgd.RGD(0.01))
-    seconds = steps(args, model, x, y)
-    rgd = model.optimizer
+    rgd, parts = model.optimizer, {}
+    for part, before in (("first", 1), ("later", SETTLING)):  # one step builds it
+        median_step(before, model, x, y)
+        start = float(rgd.lambda_max)
+        seconds = median_step(args.repeats, model, x, y)
+        parts[part] = {"seconds": seconds, "lambda_max": [start, float(rgd.lambda_max)]}
     return {
-        "seconds": seconds,
+        **parts,
         "memory": peak(),
         "epsilon_lambda_max": float(rgd.chosen_epsilon * rgd.lambda_max),
         "way": rgd.per_example_choice.way,

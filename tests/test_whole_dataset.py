@@ -387,6 +387,16 @@ def test_a_loss_that_changes_with_the_batch_is_refused(digits):
         keras_rgd.spectrum(model, digits.data, verbose=False)
 
 
+def test_a_sum_over_batches_of_one_fixed_size_is_refused():
+    model = keras.Sequential([keras.Input(batch_shape=(6, 5)), L.BatchNormalization(), L.Dense(3)])
+    data = np.ones((12, 5), "float32"), np.ones((12, 3), "float32")
+    model.compile("sgd", "mse")
+    assert keras_rgd.spectrum(model, data, batch_size=6, verbose=False).n_examples == 12
+    model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
+    with pytest.raises(ValueError, match="changes with the batch"):
+        keras_rgd.spectrum(model, data, batch_size=6, verbose=False)
+
+
 @pytest.mark.parametrize("example", [0, 1000])
 def test_gradients_that_are_not_finite_are_refused(example, digits):
     x = digits.x.copy()

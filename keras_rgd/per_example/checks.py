@@ -21,6 +21,7 @@ from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.loss import (
     batch_size,
     call_model,
+    compiled_losses,
     example_losses,
     replaced,
     what_losses_read,
@@ -288,7 +289,8 @@ def _parts_agree(model, batch, signs, whole):
     except (ValueError, tf.errors.OpError):
         if takes_any_size(model):
             raise
-        return True  # a model for one size alone, whose batches are all of that
+        # A model for one size alone, whose batches are all of that: its losses' word must do.
+        return all(getattr(loss, "reduction", None) != "sum" for loss in compiled_losses(model))
     if not all(bool(tf.math.is_finite(vectors.norm(t))) for t in (*whole, *first, *rest)):
         return True  # said by its own error, once D is formed
     means = [(half * a + (n - half) * b) / n for a, b in zip(first[1], rest[1], strict=True)]

@@ -164,8 +164,7 @@ def _loss_ranks(model, x, y, y_pred, training):
         trace()
     if not model._compile_loss.built:
         return ranks  # a `compute_loss` of the user's own that never asks the compiled losses
-    flat = model._compile_loss._flat_losses
-    losses = [loss for _, loss, _, _ in flat]
+    losses = compiled_losses(model)
     calls = []
     for loss in losses:
         _check_reduction(loss)
@@ -176,12 +175,17 @@ def _loss_ranks(model, x, y, y_pred, training):
         for loss in losses:
             loss.__dict__.pop("call", None)
     # One loss object may serve several outputs, so it is the order of the calls that tells.
-    for path, loss, _, _ in flat:
+    for path, loss, _, _ in model._compile_loss._flat_losses:
         first = next((i for i, (called, _) in enumerate(calls) if called is loss), None)
         if first is not None:
             path = tuple(path)
             ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
     return ranks
+
+
+def compiled_losses(model):
+    """The losses that a model was compiled with, once `compute_loss` has built them."""
+    return [loss for _, loss, _, _ in getattr(model._compile_loss, "_flat_losses", None) or []]
 
 
 def _recording(loss, calls):
