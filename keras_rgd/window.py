@@ -131,7 +131,16 @@ def _dot(rows, v):
 
 def _square(v):
     """|v|^2 for v a list of group vectors."""
-    return sum(ops.matmul(x, x) for x in v)
+    return sum(_vector_square(x) for x in v)
+
+
+def _vector_square(x):
+    # On a CPU XLA adds up a product of two vectors number by number, several times as long as one
+    # of two matrices that holds it.
+    if x.shape[0] % 4:
+        return ops.matmul(x, x)
+    x = ops.reshape(x, [4, x.shape[0] // 4])
+    return ops.trace(ops.matmul(x, ops.transpose(x)))
 
 
 def _combine(w, rows):
