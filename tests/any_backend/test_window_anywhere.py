@@ -17,7 +17,9 @@ SHAPES = [(4, 3), (3,), (5, 3), (1,)]
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch):
+    # Two of SHAPES alone, and two together.
+    monkeypatch.setattr("keras_rgd.window._SMALL", 12)
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
     yield
@@ -51,7 +53,7 @@ def explicit(window, batch_size):
 
 
 def walk(optimizer, given, size, batch_size=1):
-    """For each step what it went along, what it had to be, and eps M_x."""
+    """For each step what it went along, what it had to be, eps M_x, and the weak-field error."""
     weights, seen = variables(), []
     optimizer.build(weights)
     for gradient in given:
@@ -60,8 +62,10 @@ def walk(optimizer, given, size, batch_size=1):
         optimizer.apply([ops.convert_to_tensor(g) for g in gradient], weights)
         seen.append(flat(gradient))
         D = explicit(seen[-size:], batch_size)
-        epsilon = float(optimizer.chosen_epsilon)
-        yield -flat(weights), seen[-1] - epsilon * D @ seen[-1], epsilon * np.linalg.eigvalsh(D)[-1]
+        epsilon, v = float(optimizer.chosen_epsilon), seen[-1]
+        expected, exact = v - epsilon * D @ v, np.linalg.solve(np.eye(len(v)) + epsilon * D, v)
+        weak = np.linalg.norm(exact - expected) / max(np.linalg.norm(exact), 1e-30)
+        yield -flat(weights), expected, epsilon * np.linalg.eigvalsh(D)[-1], weak
 
 
 # the step
@@ -72,7 +76,7 @@ def walk(optimizer, given, size, batch_size=1):
 def test_direction_equals_the_explicit_D_of_the_recorded_gradients(size, drift, noise):
     optimizer = keras_rgd.RGD(1.0, epsilon=0.999, window=size, batch_size=64)
     given = gradients(40, drift=drift, noise=noise)
-    for t, (direction, expected, eps_M) in enumerate(walk(optimizer, given, size, 64)):
+    for t, (direction, expected, eps_M, _) in enumerate(walk(optimizer, given, size, 64)):
         error = np.linalg.norm(direction - expected) / np.linalg.norm(expected)
         assert error < 1e-5
         assert eps_M < 1
@@ -84,9 +88,10 @@ def test_direction_equals_the_explicit_D_of_the_recorded_gradients(size, drift, 
 )
 def test_every_rule_meets_the_window(rule):
     optimizer = keras_rgd.RGD(1.0, epsilon=rule, window=6, batch_size=8)
-    for t, (direction, expected, eps_M) in enumerate(walk(optimizer, gradients(20), 6, 8)):
+    for t, (direction, expected, eps_M, weak) in enumerate(walk(optimizer, gradients(20), 6, 8)):
         assert np.linalg.norm(direction - expected) < 1e-5 * np.linalg.norm(expected)
         assert eps_M < 1
+        assert float(optimizer.step_weak_field_error) == pytest.approx(weak, rel=1e-3, abs=1e-6)
         if t > 0 and isinstance(rule, WeakField):
             assert float(optimizer.step_weak_field_error) < 0.05 * 1.001
             assert eps_M > 0.01
@@ -96,7 +101,7 @@ def test_every_rule_meets_the_window(rule):
 
 def test_the_first_step_is_plain_gradient_descent():
     given = list(gradients(2))
-    (first, _, _), (second, _, _) = walk(keras_rgd.RGD(1.0, window=4), given, 4)
+    (first, *_), (second, *_) = walk(keras_rgd.RGD(1.0, window=4), given, 4)
     np.testing.assert_allclose(first, flat(given[0]), rtol=1e-6)
     assert np.linalg.norm(second - flat(given[1])) > 0.01 * np.linalg.norm(second)
 
@@ -104,14 +109,14 @@ def test_the_first_step_is_plain_gradient_descent():
 def test_equal_gradients_have_no_D():
     gradient = next(gradients(1))
     optimizer = keras_rgd.RGD(1.0, window=4)
-    for direction, _, _ in walk(optimizer, [gradient] * 6, 4):
+    for direction, *_ in walk(optimizer, [gradient] * 6, 4):
         np.testing.assert_allclose(direction, flat(gradient), rtol=1e-6)
     assert float(optimizer.lambda_max) == 0
 
 
 def test_gradients_of_0_stay_0():
     zeros = [np.zeros(s, "float32") for s in SHAPES]
-    for direction, _, _ in walk(keras_rgd.RGD(1.0, window=4), [zeros] * 6, 4):
+    for direction, *_ in walk(keras_rgd.RGD(1.0, window=4), [zeros] * 6, 4):
         np.testing.assert_array_equal(direction, 0)
 
 
@@ -119,13 +124,13 @@ def test_gradients_of_0_stay_0():
 def test_direction_scales_with_the_loss(scale):
     plain = walk(keras_rgd.RGD(1.0, window=5), gradients(12), 5)
     scaled = walk(keras_rgd.RGD(1.0, window=5), gradients(12, scale=scale), 5)
-    for (a, _, _), (b, _, _) in zip(plain, scaled, strict=True):
+    for (a, *_), (b, *_) in zip(plain, scaled, strict=True):
         np.testing.assert_allclose(b / scale, a, rtol=1e-4, atol=1e-5)
 
 
 def test_the_batch_size_cancels_in_the_step_and_scales_D():
     one, many = keras_rgd.RGD(1.0, window=5), keras_rgd.RGD(1.0, window=5, batch_size=64)
-    for (a, _, _), (b, _, _) in zip(
+    for (a, *_), (b, *_) in zip(
         walk(one, gradients(9), 5), walk(many, gradients(9), 5), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -134,7 +139,7 @@ def test_the_batch_size_cancels_in_the_step_and_scales_D():
 
 def test_a_bfloat16_window_is_near():
     optimizer = keras_rgd.RGD(1.0, window=5, window_dtype="bfloat16")
-    for direction, expected, eps_M in walk(optimizer, gradients(12), 5):
+    for direction, expected, eps_M, _ in walk(optimizer, gradients(12), 5):
         assert np.linalg.norm(direction - expected) < 2e-2 * np.linalg.norm(expected)
         assert eps_M < 1.02
     assert {str(row.dtype) for row in optimizer._window.rows} == {"bfloat16"}
