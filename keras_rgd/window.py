@@ -126,7 +126,9 @@ class GradientWindow:
 
 def _dot(rows, v):
     """<v_t, v> for each place t, shape (W,), for v a list of group vectors."""
-    return sum(ops.matmul(ops.cast(row, x.dtype), x) for row, x in zip(rows, v, strict=True))
+    products = [ops.matmul(ops.cast(row, x.dtype), x) for row, x in zip(rows, v, strict=True)]
+    # Not one added to the other: XLA would compute each with the addition, one after the other.
+    return ops.sum(ops.stack(products), axis=0)
 
 
 def _square(v):
