@@ -158,7 +158,7 @@ def draw(runs, args):
     by_step.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     by_step.yaxis.set_major_formatter("{x:g}")
     by_step.yaxis.set_minor_formatter(NullFormatter())
-    by_rate.legend(fontsize="small")
+    by_second.legend(loc="lower right", fontsize="small")
     figure.suptitle(f"{args.dataset}, mini-batches of {args.batch_size}", fontsize="medium")
     return figure
 

@@ -75,7 +75,7 @@ def walk(optimizer, given, size, batch_size=1):
 @pytest.mark.parametrize("drift, noise", [(0, 1), (0.3, 1), (0.01, 0.01)])
 def test_direction_equals_the_explicit_D_of_the_recorded_gradients(size, drift, noise):
     optimizer = keras_rgd.RGD(1.0, epsilon=0.999, window=size, batch_size=64)
-    given = gradients(40, drift=drift, noise=noise)
+    given = gradients(2 * size + 4, drift=drift, noise=noise)
     for t, (direction, expected, eps_M, _) in enumerate(walk(optimizer, given, size, 64)):
         error = np.linalg.norm(direction - expected) / np.linalg.norm(expected)
         assert error < 1e-5
