@@ -42,8 +42,8 @@ DATASETS = {
 
 FORWARD_PASSES = 30  # until the moving statistics are those of the data
 
-# Steps until lambda_max of random weights no longer changes several-fold from one to the next, and
-# its estimate stands.
+# Steps between the two medians: at first lambda_max of random weights falls several-fold from one
+# to the next, and its estimate iterates.
 SETTLING = 8
 
 
