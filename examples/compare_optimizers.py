@@ -78,6 +78,7 @@ def train(args, data, name, rate, seed):
         epochs=args.steps // args.every,
         validation_data=tf.data.Dataset.from_tensor_slices(test).batch(1000),
         callbacks=[Stopwatch()],
+        shuffle=False,  # the data set shuffles by itself
         verbose=0,
     ).history
     # The first epoch traces the step.
@@ -86,15 +87,20 @@ def train(args, data, name, rate, seed):
 
 
 def grid(args, data):
-    """All runs: each optimizer with each rate, then its best rate from other weights."""
+    """All runs: each optimizer with each rate, then its best rate from other weights.
+
+    The optimizers take turns, so that a machine that slows down slows all of them.
+    """
     runs = []
-    for name in OPTIMIZERS:
-        for rate in args.rates:
+    for rate in args.rates:
+        for name in OPTIMIZERS:
             runs.append(train(args, data, name, rate, args.seed))
-        best = best_rate(runs, name)
-        for seed in range(args.seed + 1, args.seed + args.seeds):
-            runs.append(train(args, data, name, best, seed))
-        print(f"{name}: {len(args.rates) + args.seeds - 1} runs", flush=True)
+        print(f"rate {rate:g}: {len(OPTIMIZERS)} runs", flush=True)
+    best = {name: best_rate(runs, name) for name in OPTIMIZERS}
+    for seed in range(args.seed + 1, args.seed + args.seeds):
+        for name in OPTIMIZERS:
+            runs.append(train(args, data, name, best[name], seed))
+        print(f"seed {seed}: {len(OPTIMIZERS)} runs", flush=True)
     return runs
 
 
