@@ -19,9 +19,14 @@ def to_rgd(model):
         An `RGDSequential` for a `keras.Sequential`, else an `RGDModel`.
 
     Raises:
-        ValueError: a model of a class of one's own, which must take the mixin itself: what it
-            overrides would be lost.
+        ValueError: no model; or one of a class of one's own, which must take the mixin itself:
+            what it overrides would be lost.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected a keras.Model, such as keras.models.load_model returns for a file. "
+            f"Received: {model!r}"
+        )
     if isinstance(model, RGDMixin):
         return model
     if type(model) is keras.Sequential:
@@ -41,15 +46,12 @@ def to_rgd(model):
         name = type(model).__name__
         raise ValueError(
             f"`{name}` is a class of its own, and what it overrides would be lost. Expected a "
-            "functional model or a keras.Sequential. Write instead\n"
-            f"    class {name}(keras_rgd.RGDMixin, keras.{_parent(model)}): ...\n"
+            "functional model or a keras.Sequential. Make the model by a class that adds RGD's "
+            "step to this one, with the same arguments,\n"
+            f"    class RGD{name}(keras_rgd.RGDMixin, {name}): ...\n"
             "or, for a functional model that overrides nothing,\n"
             "    model = keras_rgd.RGDModel(model.inputs, model.outputs)"
         )
     # The policy decides whether `compile` scales the loss for half precision.
     converted.dtype_policy = model.dtype_policy
     return converted
-
-
-def _parent(model):
-    return "Sequential" if isinstance(model, keras.Sequential) else "Model"

@@ -1,6 +1,5 @@
 """Models whose training step is RGD's: RGDModel, RGDSequential and a mixin for subclasses."""
 
-import contextlib
 import functools
 import itertools
 import os
@@ -10,22 +9,19 @@ import numpy as np
 import tensorflow as tf
 from keras.src.models.functional import Functional  # as in type(keras.Model(inputs, outputs))
 
-from keras_rgd import per_example
+from keras_rgd import batches, per_example
 from keras_rgd.optimizer import inner_rgd
 
 _SEEDS = "seed_generators.npz"
-
-# Ways that not every model can take, and that nothing replaces where they were asked for.
-_CHECKED = ("layerwise", "vectorized_map")
 
 
 class RGDMixin:
     """A training step that hands `RGD` per-example gradients.
 
     `class MyModel(keras_rgd.RGDMixin, keras.Model)` trains with `RGD`; with any other optimizer,
-    and with `RGD(window=W)`, it is what it was without the mixin. `compile`, `fit`, `evaluate` and
-    saving are Keras's own. During training two metrics are added to the logs, the epoch's means
-    over the steps: `step_epsilon` and `step_weak_field_error`.
+    and with `RGD(window=W)`, it is what it was without the mixin. `compile`, `fit`, `evaluate`,
+    logs and saving are Keras's own. A `train_step` of one's own may prepare the data, and ends with
+    `return super().train_step((x, y, sample_weight))`.
     """
 
     def train_step(self, data):
@@ -33,10 +29,13 @@ class RGDMixin:
         optimizer = _by_example(self.optimizer)
         if optimizer is None:
             return super().train_step(data)
+        if self._step_state.preparing:
+            raise _PreparedError(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         one = tf.ones([])
         scale = self.optimizer.scale_loss(one)
-        gradients = self._step_state.way(x, y, sample_weight, scale)
+        way = self._step_state.way_for(self, (x, y, sample_weight))
+        gradients = way(x, y, sample_weight, scale)
         direction = optimizer.direction(gradients)
         if scale is not one:
             # The optimizer divides by the loss scale, and skips the step where this overflows.
@@ -46,46 +45,14 @@ class RGDMixin:
         with optimizer.applying_direction():
             self.optimizer.apply(direction, variables)
         self._loss_tracker.update_state(gradients.loss, sample_weight=gradients.n_examples)
-        epsilon, error = self._step_state.metrics
-        epsilon.update_state(optimizer.chosen_epsilon)
-        error.update_state(optimizer.step_weak_field_error)
         return self.compute_metrics(x, y, gradients.y_pred, sample_weight=sample_weight)
-
-    def test_step(self, data):
-        """As the parent's; the metrics of the training steps are not shown."""
-        with self._hiding_step_metrics():
-            return super().test_step(data)
-
-    def evaluate(self, *args, **kwargs):
-        """As the parent's; the metrics of the training steps are not shown."""
-        with self._hiding_step_metrics():
-            return super().evaluate(*args, **kwargs)
-
-    @property
-    def metrics(self):
-        """The parent's metrics and, in training with RGD, those of its steps."""
-        state = self.__dict__.get("_step_state")
-        if state is None or state.hidden:
-            return super().metrics
-        return super().metrics + state.metrics
-
-    @contextlib.contextmanager
-    def _hiding_step_metrics(self):
-        state = self.__dict__.get("_step_state")
-        if state is None:
-            yield
-            return
-        before, state.hidden = state.hidden, True
-        try:
-            yield
-        finally:
-            state.hidden = before
 
     def make_train_function(self, force=False):
         """As the parent's; with RGD the first batch builds all that a traced step must not build.
 
         Raises:
-            ValueError: more than one replica: each would have a D of its own.
+            ValueError: more than one replica: each would have a D of its own; or the `train_step`
+                of another class, which this one's would replace.
         """
         if self.train_function is not None and not force:
             return
@@ -100,81 +67,71 @@ class RGDMixin:
                 "split over several is not the mean of their D's. "
                 f"Received: {replicas} replicas. Train outside the strategy's scope."
             )
+        hidden = _hidden_train_step(type(self))
+        if hidden is not None:
+            raise ValueError(_HIDDEN.format(mine=type(self).__name__, theirs=hidden.__name__))
         self._step_state = _StepState()
         self.train_function = self._preparing(self.train_function)
 
     def _preparing(self, train_function):
-        """`train_function`, with what must happen on real data before its first steps."""
+        """`train_function`, with what must happen on real data before its first step."""
         state = self._step_state
 
         def prepared_train_function(iterator):
-            if not state.checked:
+            if state.choice is None:
                 spec = getattr(iterator, "element_spec", None)
-                batches = list(itertools.islice(iterator, self.steps_per_execution))
-                if not batches:
+                first = list(itertools.islice(iterator, self.steps_per_execution))
+                if not first:
                     raise StopIteration
-                if state.way is None:
-                    self._build_step(batches[0] if spec is None else spec)
-                self._choose_way(batches, spec)
-                iterator = iter(batches) if spec is None else _iterator(batches, spec)
+                self._choose_way(*self._prepared(first[0], spec))
+                iterator = iter(first) if spec is None else _iterator(first, spec)
             return train_function(iterator)
 
         return prepared_train_function
 
-    def _build_step(self, data):
-        """Build the model, its loss and the optimizer for data of this kind.
+    def _prepared(self, data, spec):
+        """What `train_step` above gets of a batch, and the specs of it, by its own preparation."""
+        batches.check_dense(*keras.utils.unpack_x_y_sample_weight(_given(data)))
+        if spec is None:
+            spec = keras.tree.map_structure(_spec, data)
+        mine = next(c for c in type(self).__mro__ if "train_step" in vars(c))
+        if mine is RGDMixin:
+            return data, spec
+        state = self._step_state
+
+        def prepare(data):
+            try:
+                state.preparing = True
+                self.train_step(data)
+            except _PreparedError as prepared:
+                return prepared.data
+            except ValueError as error:
+                raise ValueError(_OWN_STEP.format(name=mine.__name__)) from error
+            finally:
+                state.preparing = False
+            raise ValueError(_OWN_STEP.format(name=mine.__name__))
+
+        function = tf.function(prepare, autograph=False)
+        traced = function.get_concrete_function(spec)
+        with per_example.unchanged(self):
+            prepared = function(data)
+        batches.check_dense(*keras.utils.unpack_x_y_sample_weight(_given(prepared)))
+        return prepared, keras.tree.map_structure(_spec, traced.structured_outputs)
+
+    def _choose_way(self, data, spec):
+        """Build the model for its data, and choose the way to per-example gradients.
 
         A layer built inside a compiled step has given wrong numbers, and any variable made there
         has the step traced twice.
         """
-        self._symbolic_build(data_batch=keras.tree.map_structure(_symbolic, data))
+        self._symbolic_build(data_batch=keras.tree.map_structure(_symbolic, spec))
         if not self.trainable_variables:
             raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-
-    def _choose_way(self, batches, spec):
-        """Choose the way to per-example gradients on the first batch, and check it on these."""
-        rgd, state = inner_rgd(self.optimizer), self._step_state
-        compiled = bool(self.jit_compile)
-        dynamic = spec is not None and _first_size(spec) is None
-        for data in batches:
-            data = keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            x, y, sample_weight = keras.tree.map_structure(_tensor, (x, y, sample_weight))
-            if rgd.microbatch_size is not None:
-                # One example alone cannot show that examples mix.
-                few = max(rgd.microbatch_size, 2)
-                x, y, sample_weight = per_example.first_examples((x, y, sample_weight), few)
-            if state.way is None or rgd.per_example in _CHECKED:
-                rgd.per_example_choice = choice = per_example.choose_way(
-                    self,
-                    rgd.per_example,
-                    x,
-                    y,
-                    sample_weight,
-                    training=True,
-                    dynamic=dynamic,
-                    compiled=compiled,
-                )
-            if rgd.microbatch_size is not None:
-                apart = choice.way == "layerwise"
-                per_example.check_pieces(self, x, y, sample_weight, layers_are_apart=apart)
-            # One example alone cannot show that examples mix.
-            state.checked = rgd.per_example not in _CHECKED or per_example.batch_size(x) > 1
-            if state.checked:
-                break
-        if state.way is None:
-            state.way = per_example.make_way(
-                self,
-                choice.way,
-                training=True,
-                chunk_size=rgd.chunk_size,
-                compiled=compiled,
-                n_examples=choice.n_examples,
-                repeats=choice.repeats,
-                microbatch_size=rgd.microbatch_size,
-            )
+        batch, specs = (keras.utils.unpack_x_y_sample_weight(_given(t)) for t in (data, spec))
+        batch = keras.tree.map_structure(_tensor, batch)
+        self._step_state.choose(self, specs, batch=batch)
 
     def save_assets(self, path):
         """Write where the random numbers of the layers stand, which Keras does not."""
@@ -204,7 +161,10 @@ def _iterator(batches, spec):
 
     @tf.autograph.experimental.do_not_convert
     def all_relaxed(*batch):
-        return keras.tree.map_structure(relaxed, batch, tuple(spec))
+        # A data set of tuples hands out their parts.
+        return keras.tree.map_structure(
+            relaxed, batch if isinstance(spec, tuple) else batch[0], spec
+        )
 
     datasets = [tf.data.Dataset.from_tensors(batch).map(all_relaxed) for batch in batches]
     return iter(functools.reduce(lambda a, b: a.concatenate(b), datasets))
@@ -216,14 +176,17 @@ def _symbolic(leaf):
     return keras.KerasTensor(tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype))
 
 
+def _spec(leaf):
+    return None if _absent(leaf) else tf.TensorSpec(leaf.shape, leaf.dtype)
+
+
+def _given(data):
+    """A batch with `None` for what is not in it."""
+    return keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
+
+
 def _tensor(leaf):
     return None if leaf is None else tf.convert_to_tensor(leaf)
-
-
-def _first_size(spec):
-    """Axis 0 of the first tensor of an iterator's element; `None` where it is open."""
-    first = next(s for s in keras.tree.flatten(spec) if isinstance(s, tf.TensorSpec))
-    return first.shape[0] if first.shape.rank else None
 
 
 def _absent(leaf):
@@ -231,17 +194,107 @@ def _absent(leaf):
     return leaf is None or isinstance(leaf, tf.experimental.Optional | tf.OptionalSpec)
 
 
+class _PreparedError(Exception):
+    """Raised with the data that the mixin's `train_step` was called with, to look at them."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+
 class _StepState:
     """What a training step needs and no saved model should hold; Keras does not track it."""
 
     def __init__(self):
-        self.way = None
-        self.checked = False
-        self.hidden = False
-        self.metrics = [
-            keras.metrics.Mean(name="step_epsilon"),
-            keras.metrics.Mean(name="step_weak_field_error"),
-        ]
+        self.choice = None
+        self.preparing = False
+        self._batch = self._key = None
+        self._asked = set()
+
+    def choose(self, model, specs, batch=None):
+        """Choose the way for a step that is traced for these specs.
+
+        Args:
+            model: the model.
+            specs: (x, y, sample_weight) as tensors or a spec of each.
+            batch: the first batch of this fit; `None` where its step is traced once more.
+        """
+        rgd = inner_rgd(model.optimizer)
+        way = rgd.per_example
+        if self.choice is not None and way == "auto" and self.choice.way == "double_backward":
+            way = "double_backward"
+        if batch is not None:
+            sizes = [
+                None if t is None else tf.TensorSpec(t.shape, t.dtype)
+                for t in keras.tree.flatten(batch)
+            ]
+            self._sizes = keras.tree.pack_sequence_as(batch, sizes)
+        choice = per_example.choose_way(
+            model,
+            way,
+            specs,
+            batch=batch,
+            sizes=self._sizes,
+            training=True,
+            compiled=bool(model.jit_compile),
+            microbatch_size=rgd.microbatch_size,
+        )
+        self._asked.add(_key(model, specs))
+        if self.choice is None or choice.way != self.choice.way:
+            rgd.per_example_choice = self.choice = choice
+
+    def way_for(self, model, batch):
+        """The way for the step at hand, chosen anew where it is another than was asked about.
+
+        It is asked when a step is traced, so that a step traced once more (for another shape, or
+        with other layers frozen) is never taken by a way that is not exact for it any more.
+        """
+        if _key(model, batch) not in self._asked:
+            self.choose(model, keras.tree.map_structure(_spec, batch))
+        rgd = inner_rgd(model.optimizer)
+        return per_example.make_way(
+            model,
+            self.choice.way,
+            training=True,
+            chunk_size=rgd.chunk_size,
+            compiled=bool(model.jit_compile),
+            n_examples=self.choice.n_examples,
+            repeats=self.choice.repeats,
+            microbatch_size=rgd.microbatch_size,
+        )
+
+
+def _key(model, batch):
+    """What is known of a step when it is traced: shapes, and what is trained."""
+    shapes = tuple(
+        None if t is None else (str(t.shape), t.dtype) for t in keras.tree.flatten(batch)
+    )
+    trained = tuple(id(v) for v in model.trainable_variables)
+    return shapes, trained, tuple(layer.trainable for layer in model._flatten_layers())
+
+
+_OWN_STEP = """\
+`{name}.train_step` takes a step of its own, so RGD does not get the gradients of the batch's \
+examples. No weight was changed. Either let it prepare the data and end with
+    return super().train_step((x, y, sample_weight))
+with what it minimises in `compute_loss` (or in `loss=`), or use keras_rgd.RGD(..., window=32), \
+which takes the gradients that it applies. In a training loop of your own:
+    gradients = keras_rgd.per_example_gradients(model, x, y)
+    optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
+
+_HIDDEN = """\
+`{mine}` puts RGDMixin before `{theirs}`, which overrides `train_step`: RGDMixin's would run in \
+its place and minimise the loss of `compile` instead of its own. No weight was changed. Write what \
+`{theirs}.train_step` minimises as `compute_loss` and drop that `train_step`, or use \
+keras_rgd.RGD(..., window=32) with `{theirs}` as it is, or, in a training loop of your own, \
+keras_rgd.per_example_gradients."""
+
+
+def _hidden_train_step(cls):
+    """The class behind the mixin whose `train_step` the mixin's hides, or `None`."""
+    behind = cls.__mro__[cls.__mro__.index(RGDMixin) + 1 :]
+    owner = next(c for c in behind if "train_step" in vars(c))
+    return None if owner.__module__.startswith("keras.") else owner
 
 
 def _by_example(optimizer):

@@ -4,6 +4,43 @@ import numpy as np
 from keras import ops
 
 
+def checked(v, weights):
+    """V, if it is a vector in weight space: a list of tensors shaped as the weights.
+
+    Raises:
+        ValueError: it is not.
+    """
+    expected = [tuple(w.shape) for w in weights]
+    if not isinstance(v, list | tuple):
+        raise ValueError(
+            "A vector in weight space is a list of tensors shaped as the trainable weights, "
+            f"{expected}; for flat vectors use linear_operator() of a DiffusionMatrix. "
+            f"Received: {type(v).__name__}"
+        )
+    shapes = [_shape(x) for x in v]
+    if len(shapes) != len(expected) or not all(map(_agree, shapes, expected)):
+        raise ValueError(
+            "A vector in weight space is a list of tensors shaped as the trainable weights, "
+            f"{expected}. Received: shapes {shapes}"
+        )
+    return list(v)
+
+
+def _shape(x):
+    shape = getattr(x, "shape", None)
+    if shape is None:
+        return np.shape(x)
+    # Inside a graph a rank or a size may be unknown.
+    return tuple(shape) if getattr(shape, "rank", 0) is not None else None
+
+
+def _agree(shape, expected):
+    if shape is None:
+        return True
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(s is None or s == e for s, e in pairs)
+
+
 def inner(a, b):
     """Euclidean inner product of two lists of tensors, a scalar tensor."""
     return sum(ops.sum(x * y) for x, y in zip(a, b, strict=True))

@@ -29,12 +29,12 @@ class Rows(PerExampleGradients):
             tf.constant(p.reshape(-1, *s), dtype) for p, s in zip(parts, shapes, strict=True)
         ]
 
-    def dot(self, v):
+    def _dot(self, v):
         return tf.add_n(
             [tf.tensordot(r, x, x.shape.rank) for r, x in zip(self._rows, v, strict=False)]
         )
 
-    def combine(self, w):
+    def _combine(self, w):
         return [tf.tensordot(w, r, 1) for r in self._rows]
 
     def gram(self, center=None, unit=1.0):

@@ -184,7 +184,11 @@ def test_a_training_step_through_layers_of_ones_own_is_exact(mode):
 
 
 REFUSED = {
-    "batch statistics": (lambda x, w: x * w - ops.mean(x, axis=0), (D,), "gives an example an"),
+    "batch statistics": (
+        lambda x, w: x * w - ops.mean(x * w, axis=0),
+        (D,),
+        "gives an example an",
+    ),
     "loop": (looped, (D, D), "own/w0' in the operation"),
     "tf.function": (tf_function, (D, D), "own/w0' in the operation"),
     "other gradient": (
@@ -233,13 +237,16 @@ def test_a_head_that_starts_at_zero_hides_no_mixing(head):
     assert choice.startswith("double_backward: Layer 'bn' (BatchNormalization) gives an example")
 
 
-def test_one_example_first_shows_nothing():
+def test_one_example_first_is_enough_as_the_graph_shows_what_mixes():
     x, y = own_batch()
-    model = own_model(ops.matmul, (D, 5))
-    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
-    model.train_on_batch(x[:1], y[:1])
-    assert "one example" in str(model.optimizer.per_example_choice)
-    assert model.optimizer.per_example_choice.way == "double_backward"
+    for function, way in (
+        (ops.matmul, "layerwise"),
+        (lambda x, w: ops.matmul(x, w) - ops.mean(ops.matmul(x, w), axis=0), "double_backward"),
+    ):
+        model = own_model(function, (D, 5))
+        model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+        model.train_on_batch(x[:1], y[:1])
+        assert model.optimizer.per_example_choice.way == way
 
 
 def test_eager_steps_have_no_trace_to_read():
@@ -254,6 +261,11 @@ def test_eager_steps_have_no_trace_to_read():
         model.train_on_batch(x, y)
 
 
+def any_size(batch):
+    """What a step is traced for whose batches are of any size."""
+    return tuple(None if t is None else tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in batch)
+
+
 @pytest.mark.parametrize("name", ["dropout", "batch_normalization", "lstm_dropout"])
 def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
     case = BY_NAME[name]
@@ -262,15 +274,8 @@ def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
     model.evaluate(x, y, verbose=0)  # builds the metrics
     variables = [*model.variables, *(v for m in model.metrics for v in m.variables)]
     before = [v.numpy() for v in variables]
-    ways.choose_way(
-        model,
-        "auto",
-        *map(tf.constant, (x, y)),
-        None,
-        training=True,
-        dynamic=True,
-        compiled=False,
-    )
+    batch = tf.constant(x), tf.constant(y), None
+    ways.choose_way(model, "auto", any_size(batch), batch=batch, training=True, compiled=False)
     for a, b in zip(before, variables, strict=True):
         np.testing.assert_array_equal(a, b.numpy())
 
@@ -287,7 +292,9 @@ def test_no_trace_of_choosing_stays_in_memory_until_the_step_is_traced():
     before = graphs()
     gc.disable()  # nothing but the choice itself collects
     try:
-        choice = ways.choose_way(model, "auto", *batch, training=True, dynamic=True, compiled=False)
+        choice = ways.choose_way(
+            model, "auto", any_size(batch), batch=batch, training=True, compiled=False
+        )
         after = graphs()
     finally:
         gc.enable()
@@ -365,13 +372,17 @@ def test_half_precision_hides_no_mixing(policy):
         assert optimizer.per_example_choice.way == way, optimizer.per_example_choice
 
 
-def test_gradients_that_are_not_finite_show_nothing():
+@pytest.mark.parametrize("where", ["bias", "x"])
+def test_numbers_that_are_not_finite_change_no_choice(where):
     x, y = own_batch()
     model = own_model(ops.matmul, (D, 5))
-    model.layers[-1].bias.assign([np.nan, 0, 0])
+    if where == "bias":
+        model.layers[-1].bias.assign([np.nan, 0, 0])
+    else:
+        x[1] = np.nan
     model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
     model.train_on_batch(x, y)
-    assert model.optimizer.per_example_choice.way == "double_backward"
+    assert model.optimizer.per_example_choice.way == "layerwise"
 
 
 # M_x

@@ -11,8 +11,9 @@ from unittest import mock
 import tensorflow as tf
 
 from keras_rgd import vectors
+from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.interface import working_dtype
-from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+from keras_rgd.per_example.loss import call_model, example_losses
 
 _HALF = {"float16", "bfloat16"}
 

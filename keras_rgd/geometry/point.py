@@ -13,7 +13,7 @@ from keras_rgd import vectors
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.geometry.derivatives import Derivatives
 from keras_rgd.measurement import as_batch, way_for
-from keras_rgd.per_example.checks import unchanged
+from keras_rgd.per_example.state import unchanged
 
 
 class Point:

@@ -4,9 +4,9 @@ import functools
 
 import tensorflow as tf
 
-from keras_rgd.per_example.checks import unchanged
+from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.interface import PerExampleGradients
-from keras_rgd.per_example.loss import batch_size
+from keras_rgd.per_example.state import unchanged
 
 _OPERATIONS = ("dot", "combine", "combine_many", "gram", "rows", "squares", "images")
 
@@ -71,10 +71,10 @@ class Compiled(PerExampleGradients):
         with unchanged(self._model):
             return self._operations[name](self._batch, *arguments)
 
-    def dot(self, v):
+    def _dot(self, v):
         return self._run("dot", list(v))
 
-    def combine(self, w):
+    def _combine(self, w):
         return self._run("combine", tf.cast(w, self.dtype))
 
     def combine_many(self, w):

@@ -7,8 +7,9 @@ training), for the very Dropout masks of the step, and for recurrent layers.
 import tensorflow as tf
 
 from keras_rgd import vectors
+from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.interface import PerExampleGradients, gram_of_rows
-from keras_rgd.per_example.loss import batch_size, call_model, example_losses
+from keras_rgd.per_example.loss import call_model, example_losses
 
 
 class DoubleBackward(PerExampleGradients):
@@ -68,7 +69,7 @@ class DoubleBackward(PerExampleGradients):
             )
         )
 
-    def dot(self, v):
+    def _dot(self, v):
         try:
             k = self._by_example.gradient(
                 self._scaled_gradient,
@@ -86,9 +87,10 @@ class DoubleBackward(PerExampleGradients):
             ) from error
         return self._n / self._scale * k
 
-    def combine(self, w):
+    def _combine(self, w):
         # Cotangents no larger than those of the batch's own loss: half precision overflows.
-        size = self._n * tf.reduce_max(tf.abs(w))
+        # The 0 is for a batch without examples.
+        size = self._n * tf.reduce_max(tf.concat([tf.abs(w), tf.zeros([1], w.dtype)], 0))
         scaled = self._by_weight_gradient(
             self._by_weight, self._scaled_losses, tf.math.divide_no_nan(w, size)
         )

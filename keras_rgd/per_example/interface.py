@@ -50,13 +50,48 @@ class PerExampleGradients(abc.ABC):
         """A list of tensors (or of a tape's sparse gradients) as a list of tensors of `dtype`."""
         return [tf.cast(tf.convert_to_tensor(t), self.dtype) for t in tensors]
 
-    @abc.abstractmethod
+    def vector(self, v):
+        """V as a list of tensors of `dtype`, checked to be shaped as the weights.
+
+        Raises:
+            ValueError: it is not.
+        """
+        v = self.cast(vectors.checked(v, self.weights))
+        return [tf.ensure_shape(t, w.shape) for t, w in zip(v, self.weights, strict=True)]
+
     def dot(self, v):
-        """k_i = <g_i, v>, shape (N,), for v a list of tensors shaped as the weights."""
+        """k_i = <g_i, v>, shape (N,), for v a list of tensors shaped as the weights.
+
+        Raises:
+            ValueError: v is not shaped as the weights.
+        """
+        return self._dot(self.vector(v))
 
     @abc.abstractmethod
+    def _dot(self, v):
+        """As `dot`, of what was checked."""
+
     def combine(self, w):
-        """sum_i w_i g_i, a list of tensors shaped as the weights, for w of shape (N,)."""
+        """sum_i w_i g_i, a list of tensors shaped as the weights, for w of shape (N,).
+
+        Raises:
+            ValueError: w has another shape.
+        """
+        w = tf.cast(tf.convert_to_tensor(w), self.dtype)
+        if not w.shape.is_compatible_with([self.n_examples if self._n_is_known else None]):
+            raise ValueError(
+                f"`w` must have one entry for each of the {self.n_examples} examples. "
+                f"Received: shape {tuple(w.shape)}"
+            )
+        return self._combine(w)
+
+    @abc.abstractmethod
+    def _combine(self, w):
+        """As `combine`, of what was checked."""
+
+    @property
+    def _n_is_known(self):
+        return isinstance(self.n_examples, int)
 
     def gram(self, center=None, unit=1.0):
         """<(g_i - c) / unit, (g_j - c) / unit>, shape (N, N).
@@ -114,7 +149,7 @@ class PerExampleGradients(abc.ABC):
             return k, self.combine(k)
 
         signature = [tf.TensorSpec(w.shape, self.dtype) for w in self.weights]
-        known = self.n_examples if isinstance(self.n_examples, int) else None
+        known = self.n_examples if self._n_is_known else None
         return tf.map_fn(
             one, (v, shift), fn_output_signature=(tf.TensorSpec([known], self.dtype), signature)
         )

@@ -12,13 +12,14 @@ import keras
 import tensorflow as tf
 
 from keras_rgd import vectors
+from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.interface import (
     PerExampleGradients,
     centered,
     gram_of_rows,
     products,
 )
-from keras_rgd.per_example.loss import batch_size, call_model, example_losses, what_losses_read
+from keras_rgd.per_example.loss import call_model, example_losses, what_losses_read
 
 # A batched matrix product that vectorizing makes out of attention crashes the process in TF's
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
@@ -93,7 +94,7 @@ class Lanes(PerExampleGradients):
     def _rows_of(self, chunk):
         return vectors.scale(self.cast(self._rows_function(*chunk)), self._n / self._scale)
 
-    def dot(self, v):
+    def _dot(self, v):
         if self._chunk_size is None:
             return _dot(self._rows, v)
         k = tf.map_fn(
@@ -103,7 +104,7 @@ class Lanes(PerExampleGradients):
         )
         return tf.reshape(k, [-1])[: self.n_examples]
 
-    def combine(self, w):
+    def _combine(self, w):
         if self._chunk_size is None:
             return _combine(w, self._rows)
         # Weight zero for the last chunk's filling.

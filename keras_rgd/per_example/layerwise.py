@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_rgd import vectors
+from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.closed_forms import Contraction, Elementwise, NoFormError, Outer
 from keras_rgd.per_example.interface import (
     ExampleSpace,
@@ -19,7 +20,6 @@ from keras_rgd.per_example.interface import (
 )
 from keras_rgd.per_example.lanes import quiet
 from keras_rgd.per_example.loss import (
-    batch_size,
     call_model,
     example_losses,
     replaced,

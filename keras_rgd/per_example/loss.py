@@ -9,11 +9,7 @@ import inspect
 import keras
 import tensorflow as tf
 
-
-def batch_size(x):
-    """N, from axis 0 of the first input: an int where it is known, else a scalar tensor."""
-    first = next(t for t in keras.tree.flatten(x) if t is not None)
-    return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
+from keras_rgd.per_example.layer_calls import class_name
 
 
 def call_model(model, x, training):
@@ -78,6 +74,8 @@ def example_losses(model, x, y, y_pred, sample_weight, u, training):
             tape.watch(u)
             weights = _weights(model, x, y, y_pred, sample_weight, u, training)
             loss = compute_loss(model, x, y, y_pred, weights, training)
+            if loss.shape == (0,):
+                loss = tf.reduce_sum(loss)  # Keras does not reduce the values of no examples
         if loss.shape.rank != 0:
             raise ValueError(
                 "The loss must be reduced to a scalar over the batch. Expected a loss with "
@@ -88,7 +86,7 @@ def example_losses(model, x, y, y_pred, sample_weight, u, training):
     if derivatives is None:
         raise ValueError(
             "The loss does not depend on the sample weights, so it has no per-example losses: "
-            f"`{type(model).__name__}.compute_loss` must use its `sample_weight` argument, and "
+            f"`{class_name(model)}.compute_loss` must use its `sample_weight` argument, and "
             "the model must be compiled with a `loss` (`add_loss` alone gives one number for the "
             "whole batch)."
         )

@@ -4,8 +4,8 @@ import keras
 import tensorflow as tf
 
 from keras_rgd import vectors
+from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.interface import PerExampleGradients
-from keras_rgd.per_example.loss import batch_size
 
 
 class Pieces(PerExampleGradients):
@@ -39,7 +39,9 @@ class Pieces(PerExampleGradients):
         self._passed = False
 
         def first(gradients, _):
-            share = tf.cast(gradients.n_examples / self.n_examples, self.dtype)
+            # A batch without examples is one piece.
+            n = tf.maximum(self.n_examples, 1)
+            share = tf.cast(tf.maximum(gradients.n_examples, 1) / n, self.dtype)
             parts = [*gradients.gradient, *gradients.mean(), tf.cast(gradients.loss, self.dtype)]
             return vectors.scale(parts, share), gradients.y_pred
 
@@ -50,11 +52,11 @@ class Pieces(PerExampleGradients):
     def mean(self):
         return self._mean
 
-    def dot(self, v):
+    def _dot(self, v):
         _, k = self._pass(lambda gradients, _: ([], gradients.dot(v)))
         return k
 
-    def combine(self, w):
+    def _combine(self, w):
         combined, _ = self._pass(lambda gradients, w: (gradients.combine(w), []), w)
         return combined
 
@@ -119,7 +121,7 @@ class Pieces(PerExampleGradients):
             return zeros, [tf.zeros([rest, *t.shape[1:]], t.dtype) for t in outputs]
 
         if not isinstance(n, int):
-            more, parts = tf.cond(rest > 0, of_rest, nothing)
+            more, parts = tf.cond((rest > 0) | (n == 0), of_rest, nothing)
         else:
             more, parts = of_rest() if rest else nothing()
         sums = vectors.add(sums, more)

@@ -1,0 +1,317 @@
+"""Where the examples of a batch lie in each tensor of a traced graph, and which numbers mix them.
+
+Whether examples mix is a property of the graph: for every value of the variables and every random
+draw. No batch's numbers can show it where what mixes is switched off at that moment. So each
+operation says where the examples lie in its outputs (`following_rules`), given where they lie in
+its inputs; functions, branches and loops are entered, whichever branch is taken.
+"""
+
+import typing
+
+import tensorflow as tf
+
+from keras_rgd.per_example import single_operation
+from keras_rgd.per_example.places import Place, agreed
+
+
+class Cause(typing.NamedTuple):
+    """The operation by which examples came together.
+
+    Attributes:
+        op: it, or what it is inside of, in the graph at hand.
+        kind: its type.
+        known: whether it is known to bring them together, or only not known not to.
+    """
+
+    op: tf.Operation
+    kind: str
+    known: bool = True
+
+
+class Found(typing.NamedTuple):
+    """What is known of a tensor; `None` instead of it for a constant of the graph.
+
+    Attributes:
+        place: where the examples lie, or `None`.
+        follows: whether it depends on a trainable weight in a way that has a gradient.
+        mixed: the `Cause` that mixed examples in what depends on weights, or `None`.
+        statistic: the `Cause` by which a number of the whole batch, as a count or a mean, came
+            into it, or `None`. A constant of the gradient, and another in another batch.
+    """
+
+    place: Place | None
+    follows: bool = False
+    mixed: Cause | None = None
+    statistic: Cause | None = None
+
+
+# What a rule returns where the examples of an output lie along no axis.
+LOST = "lost"
+
+_HAVE_GRADIENTS = (tf.variant, tf.resource)
+
+# Loops settle after as many rounds as their variables hang on one another.
+_ROUNDS = 64
+
+# Of their inputs these use the shape or the length alone.
+_SHAPES = {
+    *("BroadcastGradientArgs", "OnesLike", "Rank", "Shape", "ShapeN", "Size", "VariableShape"),
+    *("TensorListElementShape", "TensorListLength", "ZerosLike"),
+}
+
+_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+_BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
+_LOOPS = {"While", "StatelessWhile"}
+
+
+class Follower:
+    """Follows examples and weights through one graph and the functions it calls.
+
+    Args:
+        n: N, the number of examples the graph was traced for.
+        found: what is known already, `Found` by tensor name.
+        rules: functions by operation type; see `following_rules`.
+    """
+
+    def __init__(self, n, found, rules):
+        self.n = n
+        self._found, self._rules = dict(found), rules
+        self._values = {}
+
+    def found(self, tensor):
+        """What is known of a tensor of the graph, a `Found` or `None`; follows what leads to it."""
+        stack = [tensor]
+        while stack:
+            t = stack[-1]
+            if t.name in self._found:
+                stack.pop()
+                continue
+            missing = [s for s in t.op.inputs if s.name not in self._found]
+            if missing:
+                stack += missing
+                continue
+            inputs = [self._found[s.name] for s in t.op.inputs]
+            for output, found in zip(t.op.outputs, self._outputs(t.op, inputs), strict=True):
+                self._found[output.name] = found
+        return self._found[tensor.name]
+
+    def value(self, tensor):
+        """The value of a tensor of integers that the graph alone determines, or `None`."""
+        if tensor.ref() not in self._values:
+            value = tf.get_static_value(tensor)
+            op = tensor.op
+            small = tensor.dtype.is_integer and op.inputs and not op.op_def.is_stateful
+            if value is None and small and len(op.inputs) < 8:
+                given = [self.value(t) for t in op.inputs]
+                if all(v is not None for v in given):
+                    value = single_operation.value(op, given, tensor.value_index)
+            self._values[tensor.ref()] = value
+        return self._values[tensor.ref()]
+
+    def _outputs(self, op, inputs):
+        """A list of `Found`, one for each output of an operation."""
+        if op.type in _SHAPES or all(found is None for found in inputs):
+            return [None] * len(op.outputs)
+        if op.type in _CALLS:
+            return self._called(op, self._function(op, "f"), inputs, op.inputs)
+        if op.type in _BRANCHES:
+            return self._branched(op, inputs)
+        if op.type in _LOOPS:
+            return self._looped(op, inputs)
+        if op.type == "IdentityN":
+            outputs = list(inputs)
+        elif op.type in ("ReadVariableOp", "Identity", "Snapshot"):
+            outputs = [inputs[0]] * len(op.outputs)
+        else:
+            outputs = self._by_rule(op, inputs)
+        outputs = [_as_dtype(found, t) for found, t in zip(outputs, op.outputs, strict=True)]
+        if _has_gradient_of_its_own(op) and any(found and found.follows for found in outputs):
+            outputs = self._checked_backward(op, inputs, outputs)
+        return outputs
+
+    def _by_rule(self, op, inputs):
+        known = [found for found in inputs if found is not None]
+        follows = any(found.follows for found in known)
+        mixed = next((found.mixed for found in known if found.mixed is not None), None)
+        statistic = next((f.statistic for f in known if f.statistic is not None), None)
+        if op.type == "StopGradient":
+            place = known[0].place or self._guess(op.outputs[0])
+            return [Found(place, False, None, statistic or mixed)]
+        if mixed is not None:
+            return [Found(None, follows, mixed, statistic)] * len(op.outputs)
+        if all(found.place is None for found in known):
+            if follows and not all(found.follows for found in known):
+                # Weights and a number of the whole batch, which no example has a part of.
+                return [Found(None, True, _cause(op), statistic)] * len(op.outputs)
+            places = [None] * len(op.outputs)
+            if not follows:
+                places = [self._guess(t) for t in op.outputs]
+            return [Found(place, follows, None, statistic) for place in places]
+        rule = self._rules.get(op.type)
+        places = None if rule is None else rule(self, op, inputs)
+        if places is None and follows:
+            places = self._tried(op, inputs)
+        if places is None:
+            # Of data alone: a constant of the gradient, so that any place is right.
+            places = [self._guess(t) or LOST for t in op.outputs]
+            if rule is not None or op.type in single_operation.NEVER:
+                statistic = statistic or _cause(op)
+        if not isinstance(places, list):
+            places = [places] * len(op.outputs)
+        pairs = zip(places, op.outputs, strict=True)
+        return [self._placed(op, t, place, follows, statistic) for place, t in pairs]
+
+    def _placed(self, op, tensor, place, follows, statistic):
+        if place is not LOST:
+            return Found(place, follows, None, statistic)
+        cause = Cause(op, op.type, known=op.type in self._rules)
+        if follows:
+            return Found(None, True, cause, statistic or cause)
+        return Found(self._guess(tensor), False, None, statistic or cause)
+
+    def _guess(self, tensor):
+        """Axis 0 of data that may have one entry an example there, else `None`."""
+        shape = tensor.shape
+        if shape.rank is None or not shape.rank or shape[0] not in (None, self.n):
+            return None
+        return Place(0)
+
+    def _tried(self, op, inputs):
+        """Where an operation without a rule leaves the examples, by running it alone; or LOST."""
+        given = [self.value(t) if t.dtype.is_integer else tf.get_static_value(t) for t in op.inputs]
+        return single_operation.places(op, inputs, given, self.n) or LOST
+
+    # Operations that hold others.
+
+    @staticmethod
+    def _function(op, name):
+        function = op.graph._get_function(op.get_attr(name).name)
+        return None if function is None else function.graph
+
+    def _called(self, op, graph, inputs, tensors):
+        """The outputs of a function that an operation calls.
+
+        Args:
+            op: the operation.
+            graph: the function's.
+            inputs: a `Found` or `None` for each argument.
+            tensors: the arguments themselves where the function gets their values, else `None`.
+        """
+        if graph is None:
+            cause = Cause(op, op.type, known=False)
+            return [Found(None, True, cause, cause)] * len(op.outputs)
+        arguments = [t.name for t in graph.inputs]
+        follower = Follower(self.n, dict(zip(arguments, inputs, strict=True)), self._rules)
+        for inner, outer in zip(graph.inputs, tensors, strict=True):
+            if outer is not None and outer.dtype.is_integer:
+                follower._values[inner.ref()] = self.value(outer)
+        outputs = [follower.found(t) for t in graph.outputs]
+        return [found and _named(found, op) for found in outputs]
+
+    def _branched(self, op, inputs):
+        if op.type in ("If", "StatelessIf"):
+            graphs = [self._function(op, name) for name in ("then_branch", "else_branch")]
+        else:
+            graphs = [op.graph._get_function(f.name).graph for f in op.get_attr("branches")]
+        decides, arguments = inputs[0], inputs[1:]
+        outputs = [self._called(op, graph, arguments, op.inputs[1:]) for graph in graphs]
+        joined = [self._joined(op, found) for found in zip(*outputs, strict=True)]
+        return [self._decided(op, decides, found) for found in joined]
+
+    def _looped(self, op, inputs):
+        body, condition = self._function(op, "body"), self._function(op, "cond")
+        now = list(inputs)
+        # What the loop hands on as it is has its value inside too.
+        pairs = zip(op.inputs, body.inputs, body.outputs, strict=True)
+        tensors = [given if inner is outer else None for given, inner, outer in pairs]
+        for _ in range(_ROUNDS):
+            after = self._called(op, body, now, tensors)
+            joined = [self._joined(op, pair) for pair in zip(now, after, strict=True)]
+            if joined == now:
+                break
+            now = joined
+        else:
+            now = [Found(None, True, _cause(op), _cause(op)) for _ in now]
+        (decides,) = self._called(op, condition, now, tensors)
+        return [self._decided(op, decides, found) for found in now]
+
+    @staticmethod
+    def _decided(op, decides, found):
+        """An output of what another number chose the branch or the length of."""
+        if decides is None or (decides.statistic is None and decides.place is None):
+            return found
+        statistic = decides.statistic or _cause(op)
+        if found is None:
+            return Found(None, False, None, statistic)
+        return found._replace(statistic=found.statistic or statistic)
+
+    @staticmethod
+    def _joined(op, several):
+        """What is known of a tensor that is one of several."""
+        known = [found for found in several if found is not None]
+        if not known:
+            return None
+        follows = any(found.follows for found in known)
+        mixed = next((found.mixed for found in known if found.mixed is not None), None)
+        statistic = next((f.statistic for f in known if f.statistic is not None), None)
+        place, agree = agreed([(found.place, found.follows) for found in known])
+        if mixed is None and not agree and follows:
+            mixed = _cause(op)
+        return Found(None if mixed is not None else place, follows, mixed, statistic)
+
+    def _checked_backward(self, op, inputs, outputs):
+        """The outputs of an operation whose gradient is another's, mixed where that mixes."""
+        graph = op.graph
+        with graph.as_default():
+            floating = [t for t in op.outputs if t.dtype.is_floating]
+            moving = [i for i, t in enumerate(op.inputs) if t.dtype.is_floating and inputs[i]]
+            cotangents = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in floating]
+            try:
+                xs = [op.inputs[i] for i in moving]
+                gradients = tf.gradients(floating, xs, grad_ys=cotangents)
+            except (LookupError, ValueError, TypeError):
+                gradients = [None] * len(moving)
+        by_name = dict(zip((t.name for t in op.outputs), outputs, strict=True))
+        for cotangent, t in zip(cotangents, floating, strict=True):
+            found = by_name[t.name]
+            self._found[cotangent.name] = found and Found(found.place, True, found.mixed)
+        # For now, as the backward pass may read them.
+        self._found |= by_name
+        for i, gradient in zip(moving, gradients, strict=True):
+            found = inputs[i]
+            if gradient is None or not found.follows:
+                continue
+            back = self.found(tf.convert_to_tensor(gradient))
+            apart = back is None or (back.mixed is None and back.place == found.place)
+            # Of a weight the gradient is summed over the examples, where nobody sees it.
+            if not apart or found.place is None:
+                cause = _cause(op)
+                return [Found(None, True, cause, cause) if f and f.follows else f for f in outputs]
+        return outputs
+
+
+def _cause(op):
+    return Cause(op, op.type)
+
+
+def _named(found, op):
+    """What was found inside an operation, caused by that operation."""
+    return found._replace(
+        mixed=found.mixed and found.mixed._replace(op=op),
+        statistic=found.statistic and found.statistic._replace(op=op),
+    )
+
+
+def _as_dtype(found, tensor):
+    """An output as its dtype has it: integers have no gradient."""
+    if found is None or tensor.dtype.is_floating or tensor.dtype.is_complex:
+        return found
+    if tensor.dtype in _HAVE_GRADIENTS or not found.follows:
+        return found
+    return Found(found.place, False, None, found.statistic or found.mixed)
+
+
+def _has_gradient_of_its_own(op):
+    if op.type in _CALLS | _BRANCHES | _LOOPS:
+        return False
+    return "_gradient_op_type" in op.node_def.attr

@@ -1,0 +1,200 @@
+"""Whether the examples of a batch mix on the way to their losses: read off a traced graph.
+
+f_i may depend on the trainable weights through what belongs to example i alone. That is asked of
+the graph of the forward pass and the loss, whatever the numbers are at the moment (see
+`following`).
+"""
+
+import dataclasses
+import typing
+
+import keras
+import tensorflow as tf
+from tensorflow.python.framework.func_graph import FuncGraph
+
+from keras_rgd.per_example.batch import known_size, mapped
+from keras_rgd.per_example.following import Follower, Found
+from keras_rgd.per_example.following_rules import RULES
+from keras_rgd.per_example.layer_calls import calls, named
+from keras_rgd.per_example.loss import (
+    call_model,
+    example_losses,
+    replaced,
+    what_losses_read,
+)
+from keras_rgd.per_example.places import Place
+
+# Traced for so many examples where the step is for any number: a prime, which no other axis is.
+_MANY = 127
+
+
+class Spot(typing.NamedTuple):
+    """Where in a model the examples come together."""
+
+    owner: str  # the layer or the model
+    operation: str  # of TensorFlow
+    known: bool  # that they do; else it is only not known that they do not
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """What a graph shows of a model's examples; each a `Spot`, or `None`.
+
+    Attributes:
+        outputs: where examples mix before the model's output, in what depends on weights.
+        loss: where they mix in the loss.
+        beside: a weight that the loss reaches by another way than the model's output, its path.
+        lanes: what of the whole batch enters an example's output, weights or not.
+        batch: what of the whole batch enters an example's loss, weights or not.
+    """
+
+    outputs: Spot | None
+    loss: Spot | None
+    beside: str | None
+    lanes: Spot | None
+    batch: Spot | None
+
+    @property
+    def apart(self):
+        """Whether f_i depends on the weights through example i alone."""
+        return self.outputs is None and self.loss is None
+
+
+def mixing_of(model, specs, training, sizes=None):
+    """What mixes the examples of batches like this.
+
+    Nothing is run, and no variable changes.
+
+    Args:
+        model: a compiled, built model.
+        specs: (x, y, sample_weight) as tensors or specs of them, with open sizes where the step is
+            traced for any.
+        training: whether layers behave as in training.
+        sizes: the same with sizes to take where `specs` has none. Defaults to `None`.
+
+    Returns:
+        A `Mixing`.
+
+    Raises:
+        ValueError: where the loss gives no f_i.
+    """
+    n = known_size(specs[0])
+    if n is not None and n > 1:
+        return _followed(model, _concrete(specs, sizes, None), training)
+    try:
+        return _followed(model, _concrete(specs, sizes, _MANY), training)
+    except (ValueError, TypeError, tf.errors.OpError):
+        # A model for one size of batch, which says so nowhere.
+        return _followed(model, _concrete(specs, sizes, None), training)
+
+
+def _concrete(specs, sizes, n):
+    """Specs without open sizes; axis 0 of N entries where N is given."""
+    own = known_size(specs[0]) or (None if sizes is None else known_size(sizes[0]))
+
+    def concrete(spec, like):
+        shape, given = spec.shape, spec.shape if like is None else like.shape
+        if shape.rank is None or given.rank != shape.rank:
+            shape, given = (given, given) if shape.rank is None else (shape, shape)
+        lengths = [_length(s, g) for s, g in zip(shape, given, strict=True)]
+        if lengths and n is not None and (shape[0] is None or shape[0] == own):
+            lengths[0] = n
+        return tf.TensorSpec(lengths, spec.dtype)
+
+    return mapped(concrete, specs, specs if sizes is None else sizes)
+
+
+def _length(size, given):
+    if size is not None:
+        return size
+    return _MANY if given is None else given
+
+
+def _followed(model, specs, training):
+    graph, traced = FuncGraph("examples"), {}
+    given = handles = None
+    with graph.as_default():
+        given = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
+        captured = [graph.capture(w.value.handle).name for w in model.trainable_variables]
+        handles = dict(zip(captured, model.trainable_variables, strict=True))
+
+        def forward():
+            traced["y_pred"] = call_model(model, given[0], training)
+
+        made = calls(model, forward, mark=lambda: len(graph.get_operations()))
+        outputs = what_losses_read(traced["y_pred"])
+        copied = replaced(traced["y_pred"], tf.identity)
+        copies = what_losses_read(copied)
+        u = tf.ones([known_size(specs[0])], keras.config.floatx())
+        x, y, sample_weight = given
+        _, derivatives = example_losses(model, x, y, copied, sample_weight, u, training)
+        derivatives = tf.convert_to_tensor(derivatives)
+    tensors = [t for t in keras.tree.flatten(given) if t is not None]
+    found = {t.name: None for t in graph.inputs}
+    found |= {t.name: Found(Place(0)) if t.shape.rank != 0 else None for t in tensors}
+    found |= {name: Found(None, follows=True) for name in handles}
+    whole = Follower(known_size(specs[0]), found, RULES)
+    by_output = [whole.found(t) for t in outputs]
+    end = whole.found(derivatives)
+    # The loss alone, of outputs whose examples lie apart.
+    apart = zip(copies, by_output, strict=True)
+    found |= {t.name: Found(Place(0), follows=True) for t, f in apart if f and f.follows}
+    loss = Follower(known_size(specs[0]), found, RULES).found(derivatives)
+    where = _Where(model, made)
+    return Mixing(
+        outputs=_first(where.says(f.mixed) for f in by_output if f and f.mixed),
+        loss=_first(_of_loss(where, f) for f in (loss, end)),
+        beside=_beside(derivatives, copies, handles),
+        lanes=_first(where.of_batch(f) for f in by_output if f),
+        batch=where.of_batch(end) if end else None,
+    )
+
+
+def _of_loss(where, found):
+    if found and found.mixed:
+        return where.says(found.mixed)
+    if found and found.follows and found.place != Place(0):
+        return where.elsewhere("of the losses")
+    return None
+
+
+def _first(sentences):
+    return next((s for s in sentences if s is not None), None)
+
+
+def _beside(end, copies, handles):
+    """A weight that the end depends on by another way than the copies, as a path, or `None`."""
+    stop = {t.name for t in copies}
+    seen, stack = set(), [end]
+    while stack:
+        t = stack.pop()
+        if t.name in seen or t.name in stop:
+            continue
+        seen.add(t.name)
+        if t.name in handles:
+            return f"'{handles[t.name].path}'"
+        if t.op.type not in ("StopGradient", "Shape", "ZerosLike", "OnesLike"):
+            stack += t.op.inputs
+    return None
+
+
+class _Where:
+    """Says where in a model an operation stands."""
+
+    def __init__(self, model, made):
+        self._model, self._made = model, made
+
+    def says(self, cause):
+        operations = {op.name: i for i, op in enumerate(cause.op.graph.get_operations())}
+        at = operations[cause.op.name]
+        owner = next((c.layer for c in self._made if c.start <= at < c.end), self._model)
+        return Spot(named([owner]), cause.kind, cause.known)
+
+    def elsewhere(self, what):
+        return Spot(named([self._model]), f"the order {what}", True)
+
+    def of_batch(self, found):
+        cause = found.mixed or found.statistic
+        if cause is not None:
+            return self.says(cause)
+        return None if found.place == Place(0) else self.elsewhere("of its output's axes")

@@ -1,0 +1,66 @@
+"""Where the examples of a batch lie in a tensor."""
+
+import typing
+
+import numpy as np
+
+
+class Place(typing.NamedTuple):
+    """An axis of length `outer` * N * `inner`; an entry at (a, n, b) of it is of example n.
+
+    The plain axis of the examples has outer = inner = 1; a time-major sequence as one axis of
+    T * N rows has outer = T, one of N * T rows inner = T.
+    """
+
+    axis: int
+    outer: int = 1
+    inner: int = 1
+
+
+def agreed(places):
+    """The place that several tensors of one operation have in its output, and whether they agree.
+
+    What depends on no weight is a constant of the gradient, whose examples may lie anywhere.
+
+    Args:
+        places: pairs of a place or `None` and whether it follows weights.
+    """
+    following = {place for place, follows in places if follows and place is not None}
+    if following:
+        return (following.pop(), True) if len(following) == 1 else (None, False)
+    return next((place for place, _ in places if place is not None), None), True
+
+
+def reshaped(place, before, after, n):
+    """Where the examples lie after a reshape, entries in the same order; `None` if in no axis.
+
+    Args:
+        place: where they lay.
+        before: the shape before, a list.
+        after: the shape after, a list.
+        n: N.
+    """
+    if None in before or None in after:
+        # Axis 0 alone stays where it is if all after it is as it was.
+        same = place == Place(0) and before[1:] == after[1:] and None not in after[1:]
+        return place if same else None
+    stride = int(np.prod(before[place.axis + 1 :], dtype=np.int64)) * place.inner
+    for axis, length in enumerate(after):
+        step = int(np.prod(after[axis + 1 :], dtype=np.int64))
+        if step <= stride < step * length:
+            whole = stride % step == 0 and (step * length) % (stride * n) == 0
+            return Place(axis, step * length // (stride * n), stride // step) if whole else None
+    return None
+
+
+def of_examples(place, shape, kept):
+    """Which entries of a tensor belong to the examples that are kept, a boolean array.
+
+    Args:
+        place: where the examples lie.
+        shape: the tensor's.
+        kept: which examples, booleans of shape (N,).
+    """
+    along = np.tile(np.repeat(kept, place.inner), place.outer)
+    along = along.reshape([-1 if axis == place.axis else 1 for axis in range(len(shape))])
+    return np.broadcast_to(along, tuple(shape))

@@ -1,0 +1,217 @@
+"""The trial of "layerwise": the second guard, by numbers, of what a graph shows (see `mixing`).
+
+sum_i m_i grad F_i for random m must be what ordinary differentiation of sum_i m_i F_i gives, F_i
+the loss of example i and a random combination of its outputs: any example that another's loss
+depends on, and any use of a weight that was not seen, would break that.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework.func_graph import FuncGraph
+
+from keras_rgd import vectors
+from keras_rgd.per_example.batch import batch_size, mapped
+from keras_rgd.per_example.interface import working_dtype
+from keras_rgd.per_example.layerwise import Layerwise
+from keras_rgd.per_example.state import seed_generators, unchanged
+
+# NumPy's finfo does not know bfloat16.
+_EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
+
+# How far the weights are moved in each draw. Weights that start at zero hide what lies before them.
+_MOVES = (0.0, 0.1, 0.1)
+
+
+class NotApartError(Exception):
+    """What should have one row an example has not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What the trace of a step by "layerwise" shows."""
+
+    gram_is_cheap: bool
+    gram_work: float  # of the Gram matrix, in SGD steps
+    repeats: bool  # whether a weight is repeated for each example
+
+
+def traced(model, specs, training, n, precise=False):
+    """What a trace of "layerwise" for these specs shows, a `Traced`; nothing is run.
+
+    Raises:
+        NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
+    """
+    with forgotten(), FuncGraph("layerwise").as_default():
+        batch = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
+        return _shown(Layerwise(model, *batch, training=training, n=n, precise=precise))
+
+
+def _shown(way):
+    return Traced(way.gram_is_cheap, way.gram_work / max(way.step_work, 1), way.repeats)
+
+
+def tried(model, batch, specs, training, n, precise):
+    """Where a step by "layerwise" is wrong on a batch, or `None`; and what its trace shows.
+
+    Args:
+        model: a compiled, built model.
+        batch: (x, y, sample_weight).
+        specs: what the step is traced for, of the same structure.
+        training: whether layers behave as in training.
+        n: N, to count work by.
+        precise: as in `Layerwise`.
+
+    Returns:
+        The path of a weight or a reason, or `None`; a `Traced`.
+
+    Raises:
+        NotVisibleError: as `traced`.
+    """
+    compare = functools.partial(_compare, model, batch, specs, training, n, precise)
+    with forgotten():
+        wrong, shown = compare()
+    if wrong is not None and shown is not None and shown.repeats:
+        # An axis that is as long as the batch may have been taken for that of the examples.
+        with forgotten():
+            wrong, shown = compare(repeats=False)
+    return wrong, shown
+
+
+@contextlib.contextmanager
+def forgotten():
+    """A graph made inside is garbage in cycles: collect it, so that the step's has its memory."""
+    # What was there before need not be looked through, which takes long in a large process.
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if ours:
+            gc.unfreeze()
+
+
+def _compare(model, batch, specs, training, n, precise, repeats=True):
+    shown = []
+
+    def both(batch, m):
+        options = dict(training=training, n=n, repeats=repeats, precise=precise)
+        way = Layerwise(model, *batch, **options)
+        shown.append(_shown(way))
+        try:
+            ours, squares = way.reweighted_and_squares(m)
+            return ours, way.reweighted_ordinarily(m), squares
+        except (ValueError, TypeError) as error:
+            raise NotApartError(reason(error)) from error
+
+    trial = _traced_for(both, batch, specs)
+    rng = np.random.default_rng(0)
+    dtype = working_dtype([w.value for w in model.trainable_variables])
+    wrong = None
+    try:
+        for noise in _MOVES:
+            m = tf.constant(1 + rng.normal(size=batch_size(batch[0])), dtype)
+            with unchanged(model):
+                _shake(model, noise, rng)
+                ours, ordinary, squares = trial(m)
+                wrong = wrong or first_unequal(model, ours, ordinary)
+                if not wrong and _differ(min(squares), max(squares), 10 * tolerance(model)):
+                    wrong = "a weight"
+    except (NotApartError, tf.errors.OpError) as error:
+        # Sizes that do not fit: something has lost its axis of examples.
+        wrong = f"a weight ({reason(error)})"
+    return wrong, shown[-1] if shown else None
+
+
+def _traced_for(function, batch, specs):
+    """`function(batch, m)` as a graph function for `specs`, of a batch's tensors."""
+    flat = keras.tree.flatten(batch)
+    tensors = [tf.convert_to_tensor(t) for t in flat if t is not None]
+    open_n = next(s for s in keras.tree.flatten(specs) if s is not None).shape[:1]
+
+    def packed(tensors, m):
+        tensors = iter(tensors)
+        given = [None if t is None else next(tensors) for t in flat]
+        return function(keras.tree.pack_sequence_as(batch, given), m)
+
+    graph_function = tf.function(packed, autograph=False)
+
+    def run(m):
+        signature = [s for s in keras.tree.flatten(specs) if s is not None]
+        signature = signature, tf.TensorSpec(open_n, m.dtype)
+        return graph_function.get_concrete_function(*signature)(tensors, m)
+
+    return run
+
+
+def _shake(model, noise, rng):
+    """Move what a forward pass reads, by about `noise` of its size; away from 0 where it is 0.
+
+    The weights; and the floats that are not trained, which may have switched off what mixes
+    examples: those that are 0 become positive, as a variance is. The seeds become others.
+    """
+    if not noise:
+        return
+    for variable in model.trainable_variables:
+        value = np.array(keras.ops.convert_to_numpy(variable), "float32")
+        moves = rng.standard_normal(value.shape, "float32")
+        moves *= noise
+        np.multiply(moves, value, out=moves, where=value != 0)
+        variable.assign(np.add(value, moves, out=value))
+    for variable in model.non_trainable_variables:
+        if "float" in keras.backend.standardize_dtype(variable.dtype):
+            value = np.array(keras.ops.convert_to_numpy(variable), "float32")
+            draw = np.abs(rng.standard_normal(value.shape, "float32"))
+            variable.assign(np.where(value == 0, draw, value * (1 + noise * draw)))
+    for generator in seed_generators(model):
+        generator.state.assign(rng.integers(0, 2**31, generator.state.shape))
+
+
+def first_unequal(model, ours, ordinary):
+    """The path of the first weight where two gradients differ by more than rounding, or `None`.
+
+    Weights a little off may be outside of what a layer takes, and a batch may hold NaN: what is not
+    finite shows nothing.
+
+    Args:
+        model: the model.
+        ours: a list of tensors shaped as the weights.
+        ordinary: what they should be.
+    """
+    accuracy, whole = tolerance(model), vectors.norm(ordinary)
+    for variable, a, b in zip(model.trainable_variables, ours, ordinary, strict=True):
+        size = vectors.norm([b])
+        if not bool(tf.math.is_finite(size)) or not bool(tf.math.is_finite(whole)):
+            continue
+        # The second term is for gradients that are 0 but for rounding.
+        if not vectors.norm([a - b]) <= accuracy * size + 100 * accuracy**2 * whole:
+            return f"'{variable.path}'"
+    return None
+
+
+def _differ(a, b, accuracy):
+    a, b = float(a), float(b)
+    return abs(a - b) > accuracy * max(abs(a), abs(b))  # NaN shows nothing
+
+
+def tolerance(model):
+    """How far two ways to one number of this model may be apart by rounding, relatively."""
+    # Rounding differs with the batch; mixing shows in the leading half of the digits.
+    dtypes = {
+        keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
+    }
+    return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5
+
+
+def reason(error):
+    """The telling line of TensorFlow's many, cut short."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("ValueError: ")]
+    return (told or lines or [type(error).__name__])[-1].removeprefix("ValueError: ")[:200]
