@@ -143,7 +143,8 @@ def _call(model, x, training):
 
 
 def _loss(model, x, y, y_pred, weights, training):
-    return model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=weights, training=training)
+    # A `compute_loss` of the user's own may not take `training`; Keras knows.
+    return model._compute_loss(x, y, y_pred, weights, training=training)
 
 
 def _weights(e, sample_weight, loss_shape):
