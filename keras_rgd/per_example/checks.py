@@ -146,6 +146,10 @@ def check_lanes(model, batch, specs, training, sizes=None):
                 _ADVICE,
             )
     mixing = mixing_of(model, specs, training, batch if sizes is None else sizes)
+    if mixing.random is not None:
+        raise NotExactError(
+            f"Layer {mixing.random.owner} draws random numbers in each forward pass.", _ADVICE
+        )
     mixes = mixing.outputs or mixing.lanes
     if mixes is not None:
         raise NotExactError(_mixes(mixes), _ADVICE)
@@ -167,16 +171,13 @@ def check_pieces(model, batch, specs, sizes=None):
             or the loss.
     """
     mixing = mixing_of(model, specs, True, batch if sizes is None else sizes)
-    mixes = mixing.outputs or mixing.lanes
+    mixes = mixing.outputs or _if_known(mixing.lanes)
     if mixes is not None:
         raise NotExactError(_mixes(mixes), _PIECES_ADVICE)
     if mixing.loss is not None:
         raise NotExactError(_loss_mixes(model, mixing), _PIECES_ADVICE)
-    if mixing.batch is not None:
-        raise NotExactError(
-            _CHANGES.format(f"{mixing.batch.operation} of {mixing.batch.owner}"),
-            _EXPECTED.format(model.loss),
-        )
+    if _if_known(mixing.batch) is not None:
+        raise _changes(model, mixing)
     if batch is None or batch_size(batch[0]) < 2:
         return
     if takes_any_size(model):
@@ -190,6 +191,16 @@ def check_pieces(model, batch, specs, sizes=None):
             _PIECES_ADVICE,
         )
     check_apart(model, *batch)
+
+
+def _if_known(spot):
+    """What is known to come from the whole batch; of the rest numbers decide."""
+    return spot if spot is not None and spot.known else None
+
+
+def _changes(model, mixing):
+    where = f"by {mixing.batch.operation} of {mixing.batch.owner}"
+    return NotExactError(_CHANGES.format(where), _EXPECTED.format(model.loss))
 
 
 _CHANGES = (
@@ -222,11 +233,8 @@ def check_apart(model, x, y, sample_weight):
     if takes_any_size(model):
         batch = first_examples(batch, _EXAMPLES)
     mixing = mixing_of(model, specs_of(batch), False)
-    if mixing.batch is not None:
-        raise NotExactError(
-            _CHANGES.format(f"{mixing.batch.operation} of {mixing.batch.owner}"),
-            _EXPECTED.format(model.loss),
-        )
+    if _if_known(mixing.batch) is not None:
+        raise _changes(model, mixing)
     n = batch_size(batch[0])
     half = n // 2
     if _layers_that_change_state(model, batch[0], False):

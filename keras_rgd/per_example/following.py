@@ -125,7 +125,8 @@ class Follower:
         else:
             outputs = self._by_rule(op, inputs)
         outputs = [_as_dtype(found, t) for found, t in zip(outputs, op.outputs, strict=True)]
-        if _has_gradient_of_its_own(op) and any(found and found.follows for found in outputs):
+        apart = any(found and found.follows and found.mixed is None for found in outputs)
+        if apart and _has_gradient_of_its_own(op):
             outputs = self._checked_backward(op, inputs, outputs)
         return outputs
 
@@ -269,8 +270,9 @@ class Follower:
             try:
                 xs = [op.inputs[i] for i in moving]
                 gradients = tf.gradients(floating, xs, grad_ys=cotangents)
-            except (LookupError, ValueError, TypeError):
-                gradients = [None] * len(moving)
+            except (LookupError, ValueError, TypeError, NotImplementedError):
+                cause = Cause(op, op.type, known=False)
+                return [Found(None, True, cause, cause) if f and f.follows else f for f in outputs]
         by_name = dict(zip((t.name for t in op.outputs), outputs, strict=True))
         for cotangent, t in zip(cotangents, floating, strict=True):
             found = by_name[t.name]
@@ -279,12 +281,12 @@ class Follower:
         self._found |= by_name
         for i, gradient in zip(moving, gradients, strict=True):
             found = inputs[i]
-            if gradient is None or not found.follows:
+            # Of a weight the gradient is summed over the examples.
+            if gradient is None or not found.follows or found.place is None:
                 continue
             back = self.found(tf.convert_to_tensor(gradient))
             apart = back is None or (back.mixed is None and back.place == found.place)
-            # Of a weight the gradient is summed over the examples, where nobody sees it.
-            if not apart or found.place is None:
+            if not apart:
                 cause = _cause(op)
                 return [Found(None, True, cause, cause) if f and f.follows else f for f in outputs]
         return outputs

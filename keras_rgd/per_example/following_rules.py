@@ -41,7 +41,6 @@ _LAST = {
     **dict.fromkeys(["MatrixDiagPart", "MatrixDiagPartV3", "MatrixSetDiag", "Cholesky"], 2),
     **dict.fromkeys(["MatrixDeterminant", "LogMatrixDeterminant", "MatrixExponential"], 2),
     **dict.fromkeys(["MatrixInverse", "MatrixSquareRoot", "Qr", "SelfAdjointEigV2", "Svd"], 2),
-    **dict.fromkeys(["MatrixSolve", "MatrixTriangularSolve"], 2),
 }
 
 _REDUCTIONS = """
@@ -234,6 +233,12 @@ def _batch_normalization(follower, op, inputs):
     return (
         LOST if op.get_attr("is_training") else [_only(inputs, 0)] + [None] * (len(op.outputs) - 1)
     )
+
+
+@_rule("MatrixSolve", "MatrixTriangularSolve", "BandedTriangularSolve")
+def _solved(follower, op, inputs):
+    place, rank = _elementwise(follower, op, inputs), op.outputs[0].shape.rank
+    return LOST if place is LOST or rank is None or place.axis >= rank - 2 else place
 
 
 @_rule(*_LAST)

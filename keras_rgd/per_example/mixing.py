@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
 from keras_rgd.per_example.batch import known_size, mapped
-from keras_rgd.per_example.following import Follower, Found
+from keras_rgd.per_example.following import Cause, Follower, Found
 from keras_rgd.per_example.following_rules import RULES
 from keras_rgd.per_example.layer_calls import calls, named
 from keras_rgd.per_example.loss import (
@@ -23,9 +23,13 @@ from keras_rgd.per_example.loss import (
     what_losses_read,
 )
 from keras_rgd.per_example.places import Place
+from keras_rgd.per_example.traces import forgotten
 
 # Traced for so many examples where the step is for any number: a prime, which no other axis is.
 _MANY = 127
+
+# In the names of operations that draw random numbers.
+_DRAWS = ("Random", "TruncatedNormal", "Multinomial", "StatefulStandardNormal", "StatefulUniform")
 
 
 class Spot(typing.NamedTuple):
@@ -46,6 +50,7 @@ class Mixing:
         beside: a weight that the loss reaches by another way than the model's output, its path.
         lanes: what of the whole batch enters an example's output, weights or not.
         batch: what of the whole batch enters an example's loss, weights or not.
+        random: what draws random numbers before the model's output.
     """
 
     outputs: Spot | None
@@ -53,6 +58,7 @@ class Mixing:
     beside: str | None
     lanes: Spot | None
     batch: Spot | None
+    random: Spot | None
 
     @property
     def apart(self):
@@ -60,6 +66,7 @@ class Mixing:
         return self.outputs is None and self.loss is None
 
 
+@forgotten()
 def mixing_of(model, specs, training, sizes=None):
     """What mixes the examples of batches like this.
 
@@ -122,6 +129,7 @@ def _followed(model, specs, training):
             traced["y_pred"] = call_model(model, given[0], training)
 
         made = calls(model, forward, mark=lambda: len(graph.get_operations()))
+        drawing = [op for op in graph.get_operations() if any(w in op.type for w in _DRAWS)]
         outputs = what_losses_read(traced["y_pred"])
         copied = replaced(traced["y_pred"], tf.identity)
         copies = what_losses_read(copied)
@@ -147,6 +155,7 @@ def _followed(model, specs, training):
         beside=_beside(derivatives, copies, handles),
         lanes=_first(where.of_batch(f) for f in by_output if f),
         batch=where.of_batch(end) if end else None,
+        random=_first(where.says(Cause(op, op.type)) for op in drawing),
     )
 
 

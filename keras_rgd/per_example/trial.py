@@ -5,10 +5,8 @@ the loss of example i and a random combination of its outputs: any example that 
 depends on, and any use of a weight that was not seen, would break that.
 """
 
-import contextlib
 import dataclasses
 import functools
-import gc
 
 import keras
 import numpy as np
@@ -20,6 +18,7 @@ from keras_rgd.per_example.batch import batch_size, mapped
 from keras_rgd.per_example.interface import working_dtype
 from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.state import seed_generators, unchanged
+from keras_rgd.per_example.traces import forgotten
 
 # NumPy's finfo does not know bfloat16.
 _EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
@@ -81,21 +80,6 @@ def tried(model, batch, specs, training, n, precise):
         with forgotten():
             wrong, shown = compare(repeats=False)
     return wrong, shown
-
-
-@contextlib.contextmanager
-def forgotten():
-    """A graph made inside is garbage in cycles: collect it, so that the step's has its memory."""
-    # What was there before need not be looked through, which takes long in a large process.
-    ours = gc.get_freeze_count() == 0
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        gc.collect()
-        if ours:
-            gc.unfreeze()
 
 
 def _compare(model, batch, specs, training, n, precise, repeats=True):

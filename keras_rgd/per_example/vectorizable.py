@@ -28,9 +28,9 @@ def trial_fails(function, *arguments):
 
 def not_vectorizable(model, x, training, compiled, error):
     """The error that names the first layer which `tf.vectorized_map` cannot run, or the model."""
-    for layer, arguments, _ in calls(model, functools.partial(_call, model, x, training)):
-        if not _vectorizes(layer, arguments, compiled):
-            culprit = f"layer {named([layer])}"
+    for call in calls(model, functools.partial(_call, model, x, training)):
+        if not _vectorizes(call.layer, call.arguments, compiled):
+            culprit = f"layer {named([call.layer])}"
             break
     else:
         culprit = f"model '{model.name}'"
