@@ -10,7 +10,7 @@ from keras_rgd import arguments
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.step import iterated_step_of, step_of
-from keras_rgd.window import DTYPES, GradientWindow, WindowGradients
+from keras_rgd.window import GradientWindow, WindowGradients, announcement
 
 _ORDINARY_MODEL = """\
 RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
@@ -131,7 +131,9 @@ class RGD(keras.optimizers.Optimizer):
                 f"Received: microbatch_size={microbatch_size!r}"
             )
         self._epsilon = epsilon_rules.get(epsilon)
-        _check_source(window, window_dtype, batch_size, self._epsilon)
+        window_dtype = arguments.checked_window_dtype(
+            window, window_dtype, batch_size, self._epsilon
+        )
         if window is not None and (per_example, chunk_size, microbatch_size) != (
             "auto",
             None,
@@ -181,12 +183,13 @@ class RGD(keras.optimizers.Optimizer):
             ]
         self._window = None
         if self.window is not None:
+            # First, as it may not fit.
+            large = announcement(variables, self.window, self.window_dtype)
+            if large is not None:
+                print(large, flush=True)
             self._window = GradientWindow(
                 self.add_variable, variables, self.window, self.window_dtype
             )
-            announcement = self._window.announcement()
-            if announcement is not None:
-                print(announcement, flush=True)
         self.lambda_max = self._add_scalar("lambda_max")
         self.chosen_epsilon = self._add_scalar("chosen_epsilon")
         self.step_weak_field_error = self._add_scalar("step_weak_field_error")
@@ -213,8 +216,15 @@ class RGD(keras.optimizers.Optimizer):
             A list of tensors shaped as the weights.
 
         Raises:
-            ValueError: the optimizer is not built.
+            ValueError: `gradients` are something else, or the optimizer is not built.
         """
+        if not hasattr(gradients, "combine"):
+            raise ValueError(
+                "`gradients` must be those of the batch's examples, as "
+                "keras_rgd.per_example_gradients(model, x, y) returns them; a list of gradients is "
+                "their mean, from which only RGD(window=W) takes steps, by optimizer.apply(...). "
+                f"Received: {type(gradients).__name__}"
+            )
         if not self.built:
             raise ValueError(
                 "The optimizer has no state yet. Call optimizer.build(model.trainable_variables) "
@@ -363,44 +373,6 @@ def inner_rgd(optimizer):
     """The `RGD` that `optimizer` is or wraps (mixed precision wraps it), or `None`."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return inner if isinstance(inner, RGD) else None
-
-
-def _check_source(size, dtype, batch_size, rule):
-    """Raise `ValueError` unless the arguments name a source of D that this backend has."""
-    if size is None:
-        for name, value in (("window_dtype", dtype), ("batch_size", batch_size)):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` needs a `window`. Received: {name}={value!r}, no window"
-                )
-        backend = keras.backend.backend()
-        if backend != "tensorflow":
-            raise ValueError(
-                "RGD without `window` takes D from the gradients of the batch's examples, which "
-                "needs the TensorFlow backend of Keras. Write keras_rgd.RGD(..., window=32), or "
-                f"set KERAS_BACKEND=tensorflow. Received: window=None, backend {backend!r}"
-            )
-        return
-    if not arguments.is_count(size) or size < 2:
-        raise ValueError(
-            "`window` must be an integer >= 2, the number of mini-batch gradients that D is taken "
-            f"from, or None. Received: window={size!r}"
-        )
-    if dtype not in (None, *DTYPES):
-        raise ValueError(
-            f"`window_dtype` must be one of {', '.join(map(repr, DTYPES))}, or None for the "
-            f"weights' dtype. Received: window_dtype={dtype!r}"
-        )
-    if batch_size is not None and not arguments.is_count(batch_size):
-        raise ValueError(
-            f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
-        )
-    if batch_size is None and isinstance(rule, epsilon_rules.Fixed):
-        raise ValueError(
-            "An eps of a fixed value needs to know |B|, in whose units it is. Write "
-            "keras_rgd.RGD(..., epsilon=keras_rgd.epsilon.Fixed(value), window=32, batch_size=64) "
-            "with the number of examples in your batches. Received: batch_size=None"
-        )
 
 
 def _replicas():
