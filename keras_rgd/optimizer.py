@@ -1,6 +1,7 @@
 """RGD: relativistic gradient descent, Eq. (10) of the paper, as a Keras optimizer."""
 
 import contextlib
+import dataclasses
 import numbers
 
 import keras
@@ -10,6 +11,7 @@ from keras_rgd import arguments
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.step import iterated_step_of, step_of
+from keras_rgd.step_values import Scalar, StepValues
 from keras_rgd.window import GradientWindow, WindowGradients, announcement
 
 _ORDINARY_MODEL = """\
@@ -46,7 +48,8 @@ class RGD(keras.optimizers.Optimizer):
             without arguments. Defaults to `0.01`.
         epsilon: how eps(x) is chosen below 1/M_x, M_x the largest eigenvalue of the batch's D: a
             float c in (0, 1) for eps = c / M_x, a schedule of c, or a rule of
-            `keras_rgd.epsilon` (`Fraction`, `Fixed`, `WeakField`). Defaults to `0.5`.
+            `keras_rgd.epsilon` (`Fraction`, `FractionOfRecent`, `Fixed`, `WeakField`, or one's
+            own). Defaults to `0.5`.
         momentum: float in [0, 1]. Defaults to `0.0`.
         nesterov: whether momentum is Nesterov's. Defaults to `False`.
         per_example: the way to per-example gradients: "layerwise", "double_backward",
@@ -190,14 +193,23 @@ class RGD(keras.optimizers.Optimizer):
             self._window = GradientWindow(
                 self.add_variable, variables, self.window, self.window_dtype
             )
-        self.lambda_max = self._add_scalar("lambda_max")
-        self.chosen_epsilon = self._add_scalar("chosen_epsilon")
-        self.step_weak_field_error = self._add_scalar("step_weak_field_error")
-        self.epsilon_cuts = self._add_scalar("epsilon_cuts", dtype="int")
+        self._values = StepValues(self._add_shared, self._add_scalar)
+        self.lambda_max = self._values.lambda_max
+        self.chosen_epsilon = self._values.chosen_epsilon
+        self.step_weak_field_error = self._values.step_weak_field_error
+        self.epsilon_cuts = self._values.epsilon_cuts
+        self.rounded_steps = self._values.rounded_steps
 
-    def _add_scalar(self, name, dtype=None):
+    def _add_shared(self, shape, dtype, name):
         # Every replica finds the same.
-        return self.add_variable((), dtype=dtype, aggregation="only_first_replica", name=name)
+        return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
+
+    def _add_scalar(self, dtype, name):
+        options = dict(trainable=False, aggregation="only_first_replica", name=name)
+        with keras.name_scope(self.name):
+            scalar = Scalar("zeros", (), dtype, **options)
+        self._track_variable(scalar)
+        return scalar
 
     def direction(self, gradients):
         """(I - eps D) v for one batch, Eq. (10), choosing and recording eps.
@@ -206,8 +218,9 @@ class RGD(keras.optimizers.Optimizer):
 
         Sets `lambda_max` (M_x of this batch as the rule saw it: an upper bound from a Gram matrix,
         or without one an estimate with a margin), `chosen_epsilon`, `step_weak_field_error` (of
-        the step; without a Gram matrix an upper bound) and `epsilon_cuts` (how often `Fixed` was
-        cut below 1/M_x so far).
+        the step; without a Gram matrix an upper bound), and counts `epsilon_cuts` (steps on which
+        the rule was cut below 1/M_x) and `rounded_steps` (steps on which the way's own arithmetic
+        had lost the digits of D, or where what differs between examples was rounding alone).
 
         Args:
             gradients: what `keras_rgd.per_example_gradients` returns for the batch.
@@ -235,24 +248,29 @@ class RGD(keras.optimizers.Optimizer):
         else:
             start = gradients.cast([t.value for t in self.top_directions])
             step, top = iterated_step_of(gradients, start)
-        epsilon = self.epsilon(step.spectrum, self.iterations)
-        self._record(step.spectrum, epsilon, top)
-        return step.direction(epsilon)
-
-    def _record(self, spectrum, epsilon, top):
-        unit = spectrum.unit
-        values = [
-            (self.lambda_max, spectrum.lambda_max * unit * unit),
-            (self.chosen_epsilon, spectrum.in_true_units(epsilon)),
-            (self.step_weak_field_error, spectrum.weak_field_error(epsilon)),
-        ]
-        # A batch that overflowed (half precision skips it) must not become the next estimate.
-        finite = ops.all(ops.stack([ops.isfinite(value) for _, value in values]))
-        for variable, value in [*values, *zip(self.top_directions, top, strict=True)]:
+        epsilon, cut = self._choose(step.spectrum)
+        finite = self._values.record(step, epsilon, cut, self.epsilon.decay)
+        for variable, value in zip(self.top_directions, top, strict=True):
             value = ops.cast(value, variable.dtype)
             variable.assign(ops.where(finite, value, variable.value))
-        cut = ops.logical_and(finite, self.epsilon.was_cut(spectrum, epsilon))
-        self.epsilon_cuts.assign_add(ops.cast(cut, self.epsilon_cuts.dtype))
+        return step.direction(epsilon)
+
+    def _choose(self, spectrum):
+        """Eps by the rule, which is told of the steps before, and whether it was cut."""
+        recent = self._values.recent(spectrum, self.epsilon.decay)
+        spectrum = dataclasses.replace(spectrum, recent=recent)
+        return epsilon_rules.choose(self.epsilon, spectrum, self.iterations)
+
+    def step_means(self):
+        """Means over the steps since `reset_step_means()`, a `keras_rgd.step_values.StepMeans`.
+
+        `DiffusionMonitor` resets them as an epoch begins and records them at its end.
+        """
+        return self._values.means()
+
+    def reset_step_means(self):
+        """Begin anew with `step_means()`."""
+        self._values.reset_means()
 
     @contextlib.contextmanager
     def applying_direction(self):
@@ -307,10 +325,10 @@ class RGD(keras.optimizers.Optimizer):
         for place, gradient in zip(self._places, gradients, strict=True):
             v[place] = gradient
         step = self._window.step(v, self.batch_size or 1)
-        epsilon = self.epsilon(step.spectrum, self.iterations)
+        epsilon, cut = self._choose(step.spectrum)
         direction = step.direction(epsilon)
         step.store()
-        self._record(step.spectrum, epsilon, [])
+        self._values.record(step, epsilon, cut, self.epsilon.decay)
         pairs = zip(self._places, gradients, strict=True)
         return [ops.cast(direction[place], gradient.dtype) for place, gradient in pairs]
 
