@@ -112,16 +112,15 @@ class Measurement:
         self._way = way_for(model, batch, training, per_example, chunk_size)
         self._last_top = None
 
-    def __call__(self, rule, *, epoch, step, rgd=None, step_epsilon=math.nan):
+    def __call__(self, rule, *, epoch, step, rgd=None):
         """Measure now.
 
         Args:
             rule: a rule of `keras_rgd.epsilon`, applied to the measured D along the gradient.
             epoch: recorded.
             step: recorded, and the rule's iteration.
-            rgd: the `RGD` that trains the model, whose own D is recorded beside. Defaults to
-                `None`.
-            step_epsilon: recorded. Defaults to NaN.
+            rgd: the `RGD` that trains the model, whose steps and own D are recorded beside.
+                Defaults to `None`.
 
         Returns:
             A `DiffusionRecord`.
@@ -136,6 +135,7 @@ class Measurement:
         except NotFiniteError as error:
             self._last_top = None
             values = _undefined_values(D, error)
+        values |= _step_values(rgd, values["lambda_max"])
         return DiffusionRecord(
             epoch=epoch,
             step=step,
@@ -144,8 +144,6 @@ class Measurement:
             mode=self._mode,
             per_example=gradients.way,
             rank_bound=D.n_examples - 1,
-            step_epsilon=step_epsilon,
-            step_lambda_max=math.nan if rgd is None else float(rgd.lambda_max),
             seconds=time.perf_counter() - start,
             **values,
         )
@@ -173,7 +171,7 @@ class Measurement:
 def _undefined_values(D, error):
     """The fields of a record of gradients that are not finite: training goes on, and so do we."""
     values = {f.name: math.nan for f in dataclasses.fields(DiffusionRecord) if f.type is float}
-    del values["step_epsilon"], values["step_lambda_max"], values["seconds"]
+    del values["seconds"]
     return values | {
         "eigenvalues": np.full(min(D.shape[0], D.n_examples), math.nan),
         "rank": None,
@@ -240,6 +238,20 @@ def _gradient_values(D, rule, step):
         "noise_scale": noise_scale(
             D.n_examples, D.trace(), float(vectors.norm(D.gradients.mean())) ** 2
         ),
+    }
+
+
+def _step_values(rgd, lambda_max):
+    """The fields of a record that are about the steps of `RGD`."""
+    if rgd is None or not rgd.built:
+        return {"step_epsilon": math.nan}
+    means = rgd.step_means()
+    return {
+        "step_epsilon": means.epsilon,
+        "steps_without_epsilon": means.steps_without_epsilon,
+        "step_epsilon_lambda_max": means.epsilon * lambda_max,
+        "step_weak_field_error": means.weak_field_error,
+        "step_lambda_max": float(rgd.lambda_max),
     }
 
 

@@ -114,6 +114,12 @@ class DiffusionMonitor(keras.callbacks.Callback):
         self._measurement = Measurement(self.model, batch, *self._options)
         self._point = Point(self.model, *batch, compiled=True) if self._neglected else None
 
+    def on_epoch_begin(self, epoch, logs=None):
+        """Begin anew with what RGD keeps of an epoch's steps."""
+        rgd = inner_rgd(self.model.optimizer)
+        if rgd is not None and rgd.built:
+            rgd.reset_step_means()
+
     def on_epoch_end(self, epoch, logs=None):
         """Measure, record, and put the main numbers into `logs`."""
         logs = {} if logs is None else logs
@@ -127,9 +133,9 @@ class DiffusionMonitor(keras.callbacks.Callback):
             record = self._measurement(
                 rule,
                 epoch=epoch,
-                step=int(optimizer.iterations),
+                # int() of a mirrored variable raises.
+                step=int(keras.ops.convert_to_numpy(optimizer.iterations)),
                 rgd=rgd,
-                step_epsilon=_step_epsilon(rgd, logs),
             )
             if self._neglected and math.isfinite(record.epsilon):
                 terms = pointwise_terms(self._point, rule, record.epsilon)
@@ -179,13 +185,6 @@ class DiffusionMonitor(keras.callbacks.Callback):
             timer.join()
             if spins:
                 status.stop()
-
-
-def _step_epsilon(rgd, logs):
-    """The epoch's mean where the model has it, else what the window's last step used."""
-    if rgd is not None and rgd.window is not None:
-        return float(rgd.chosen_epsilon)
-    return float(logs.get("step_epsilon", math.nan))
 
 
 def _number(value):
