@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_rgd import per_example as ways
 from keras_rgd import vectors
-from keras_rgd.batches import check_lengths
+from keras_rgd.batches import as_array, check_dense, check_lengths
 from keras_rgd.diffusion import DiffusionMatrix, NotFiniteError
 from keras_rgd.metric import DiffusionMetric, choose_epsilon
 from keras_rgd.record import DiffusionRecord
@@ -54,6 +54,7 @@ def diffusion_matrix(
 def as_batch(model, x, y=None, sample_weight=None):
     """(x, y, sample_weight) as tensors of the dtypes that `fit` would use, checked."""
     ways.check_model(model)
+    check_dense(x, y, sample_weight)
     check_lengths(x, y, sample_weight)
     keras_reads_y = model.loss is not None and type(model).compute_loss is keras.Model.compute_loss
     if y is None and keras_reads_y:
@@ -83,14 +84,7 @@ def way_for(model, batch, training, per_example, chunk_size, precise=True):
 def _tensor(value):
     if value is None:
         return None
-    if not tf.is_tensor(value):
-        value = np.asarray(value)
-        if value.dtype == object:
-            raise ValueError(
-                "Expected arrays or tensors of numbers or strings. "
-                f"Received: an array of dtype object, shape {value.shape}"
-            )
-    tensor = tf.convert_to_tensor(value)
+    tensor = tf.convert_to_tensor(value if tf.is_tensor(value) else as_array(value))
     return tf.cast(tensor, keras.config.floatx()) if tensor.dtype.is_floating else tensor
 
 

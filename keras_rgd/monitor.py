@@ -196,10 +196,14 @@ def _first_examples(data, examples):
     parts, missing = [], examples
     for batch in batches.read(data):
         # Of views of its arrays the whole data set would stay in memory.
-        parts.append(batches.mapped(lambda a, n=missing: np.array(a[:n]), batch))
+        parts.append(batches.mapped(lambda a, n=missing: _copy(a[:n]), batch))
         missing -= batches.length(parts[-1])
         if missing <= 0:
             break
     if not parts:
         raise ValueError("`data` has no examples.")
     return batches.joined(*parts)
+
+
+def _copy(array):
+    return np.array(batches.as_array(array))
