@@ -42,15 +42,15 @@ class SpectralMeasure(InUnits):
             v^T f(D) v / |v|^2 = sum_j weights_j f(lam_j).
         unit: the square root of the unit of eigenvalues, a scalar tensor. It keeps squares of
             tiny and huge gradients in range.
-        recent: the largest `lambda_max` of the steps before, each less by the rule's `decay` for
-            each step since, divided by unit**2; `None` where there is no training.
+        mean_lambda_max: the running mean of `lambda_max` over the steps before, divided by unit**2;
+            0 at first, and `None` where there is no training.
     """
 
     lambda_max: Any
     nodes: Any
     weights: Any
     unit: Any
-    recent: Any = None
+    mean_lambda_max: Any = None
 
     def weak_field_error(self, epsilon):
         """|((I + eps D)^-1 - (I - eps D)) v| / |(I + eps D)^-1 v|, after Eq. (6) of the paper.
@@ -78,7 +78,7 @@ class GramSpectrum(InUnits):
         products: H G v / sqrt(N), shape (N,).
         square: |v|^2, a scalar tensor.
         unit: as in `SpectralMeasure`.
-        recent: as in `SpectralMeasure`.
+        mean_lambda_max: as in `SpectralMeasure`.
     """
 
     lambda_max: Any
@@ -86,7 +86,7 @@ class GramSpectrum(InUnits):
     products: Any
     square: Any
     unit: Any
-    recent: Any = None
+    mean_lambda_max: Any = None
 
     def weak_field_error(self, epsilon):
         """As `SpectralMeasure.weak_field_error`, for eps < 1/lambda_max, by products with K.
@@ -123,7 +123,7 @@ class Rule(abc.ABC):
     number or NaN to 0, a step of plain gradient descent. `RGD.epsilon_cuts` counts these steps.
 
     Attributes:
-        decay: what is left of `spectrum.recent` after one more step, in [0, 1].
+        decay: of `spectrum.mean_lambda_max`, what is left of it after one more step, in (0, 1).
     """
 
     decay = 0.99
@@ -196,17 +196,17 @@ class Fraction(Rule):
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")
-class FractionOfRecent(Fraction):
-    """eps = c / M, M the largest M_x of this batch and of those before, which fade.
+class FractionOfMean(Fraction):
+    """eps = c / M, M the larger of this batch's M_x and the running mean of those before.
 
-    A batch may have a smaller M_x than the data set, and `Fraction` then takes an eps beyond
-    the data set's 1/M_x. The mean of M_x over batches is at least M_x of the mean of their D, so
-    the largest of many is seldom below the data set's. Of one D alone it is `Fraction`.
+    A batch may have a smaller M_x than the data set, and `Fraction` then takes an eps beyond the
+    data set's 1/M_x. The mean is on its side: the largest eigenvalue is convex, so that of the
+    batches' mean D is at most the mean of M_x. Of one D alone it is `Fraction`.
 
     Args:
         c: as in `Fraction`. Defaults to `0.5`.
-        decay: what is left of an earlier batch's M_x after each step, 0 < decay < 1; 1 / (1 -
-            decay) steps are remembered, more or less. Defaults to `0.99`.
+        decay: what is left of the mean after each step, 0 < decay < 1: it is one over some
+            1 / (1 - decay) steps. Defaults to `0.99`.
 
     Raises:
         ValueError: c or decay is not what is described here.
@@ -217,10 +217,10 @@ class FractionOfRecent(Fraction):
         self.decay = _number("decay", decay, 0, 1, "a float in (0, 1)")
 
     def __call__(self, spectrum, iteration):
-        largest = spectrum.lambda_max
-        if spectrum.recent is not None:
-            largest = ops.maximum(largest, spectrum.recent)
-        return ops.divide_no_nan(self._fraction(spectrum, iteration), largest)
+        larger = spectrum.lambda_max
+        if spectrum.mean_lambda_max is not None:
+            larger = ops.maximum(larger, spectrum.mean_lambda_max)
+        return ops.divide_no_nan(self._fraction(spectrum, iteration), larger)
 
     def get_config(self):
         return super().get_config() | {"decay": self.decay}
@@ -328,7 +328,7 @@ def get(epsilon):
     raise ValueError(
         "`epsilon` must be a float in (0, 1), the fraction of 1/M_x; a keras "
         "LearningRateSchedule of that fraction; or a rule: keras_rgd.epsilon.Fraction(c), "
-        f"FractionOfRecent(c), Fixed(value) or WeakField(tolerance). Received: epsilon={epsilon!r}"
+        f"FractionOfMean(c), Fixed(value) or WeakField(tolerance). Received: epsilon={epsilon!r}"
     )
 
 

@@ -23,7 +23,9 @@ or use a model that takes RGD steps by the gradients of its examples:
     model = keras_rgd.RGDModel(inputs, outputs) # instead of keras.Model(inputs, outputs)
     model = keras_rgd.to_rgd(model)             # an existing model, sharing its weights
     class MyModel(keras_rgd.RGDMixin, keras.Model): ...
-then compile and fit as before. In a training loop of your own:
+then compile and fit as before. Where the model's class overrides `train_step`, the window leaves \
+it as it is; the other ways have a `train_step` of their own, and need its loss in `compute_loss`. \
+In a training loop of your own:
     gradients = keras_rgd.per_example_gradients(model, x, y)
     optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
 
@@ -48,7 +50,7 @@ class RGD(keras.optimizers.Optimizer):
             without arguments. Defaults to `0.01`.
         epsilon: how eps(x) is chosen below 1/M_x, M_x the largest eigenvalue of the batch's D: a
             float c in (0, 1) for eps = c / M_x, a schedule of c, or a rule of
-            `keras_rgd.epsilon` (`Fraction`, `FractionOfRecent`, `Fixed`, `WeakField`, or one's
+            `keras_rgd.epsilon` (`Fraction`, `FractionOfMean`, `Fixed`, `WeakField`, or one's
             own). Defaults to `0.5`.
         momentum: float in [0, 1]. Defaults to `0.0`.
         nesterov: whether momentum is Nesterov's. Defaults to `False`.
@@ -195,6 +197,7 @@ class RGD(keras.optimizers.Optimizer):
             )
         self._values = StepValues(self._add_shared, self._add_scalar)
         self.lambda_max = self._values.lambda_max
+        self.mean_lambda_max = self._values.mean_lambda_max
         self.chosen_epsilon = self._values.chosen_epsilon
         self.step_weak_field_error = self._values.step_weak_field_error
         self.epsilon_cuts = self._values.epsilon_cuts
@@ -257,8 +260,8 @@ class RGD(keras.optimizers.Optimizer):
 
     def _choose(self, spectrum):
         """Eps by the rule, which is told of the steps before, and whether it was cut."""
-        recent = self._values.recent(spectrum, self.epsilon.decay)
-        spectrum = dataclasses.replace(spectrum, recent=recent)
+        mean = self._values.mean_of(spectrum)
+        spectrum = dataclasses.replace(spectrum, mean_lambda_max=mean)
         return epsilon_rules.choose(self.epsilon, spectrum, self.iterations)
 
     def step_means(self):

@@ -38,7 +38,7 @@ class StepValues:
 
     def __init__(self, add_variable, add_scalar):
         self.lambda_max = add_scalar(None, "lambda_max")
-        self.recent_lambda_max = add_scalar(None, "recent_lambda_max")
+        self.mean_lambda_max = add_scalar(None, "mean_lambda_max")
         self.chosen_epsilon = add_scalar(None, "chosen_epsilon")
         self.step_weak_field_error = add_scalar(None, "step_weak_field_error")
         self.epsilon_cuts = add_scalar("int", "epsilon_cuts")
@@ -47,10 +47,10 @@ class StepValues:
         self._sums = add_variable((2, 2), None, "step_sums")
         self._steps = add_variable((2,), "int", "step_counts")
 
-    def recent(self, spectrum, decay):
-        """`recent` of a spectrum, by those of the steps before."""
+    def mean_of(self, spectrum):
+        """`mean_lambda_max` in the unit of a spectrum."""
         unit = ops.cast(spectrum.unit, spectrum.lambda_max.dtype)
-        return ops.cast(decay * self.recent_lambda_max.value, unit.dtype) / unit / unit
+        return ops.cast(self.mean_lambda_max.value, unit.dtype) / unit / unit
 
     def record(self, step, epsilon, cut, decay):
         """Record a step.
@@ -73,8 +73,9 @@ class StepValues:
         ]
         # A batch that overflowed (half precision skips it) must not become the next estimate.
         finite = ops.all(ops.stack([ops.isfinite(value) for _, value in values]))
-        recent = ops.maximum(decay * self.recent_lambda_max.value, _as(values[0][1], self._sums))
-        for variable, value in [*values, (self.recent_lambda_max, recent)]:
+        mean, new = self.mean_lambda_max.value, _as(values[0][1], self.mean_lambda_max)
+        mean = ops.where(mean > 0, decay * mean + (1 - decay) * new, new)
+        for variable, value in [*values, (self.mean_lambda_max, mean)]:
             variable.assign(ops.where(finite, _as(value, variable), variable.value))
         lost_digits = getattr(step, "lost_digits", None)
         for counter, event in ((self.epsilon_cuts, cut), (self.rounded_steps, lost_digits)):

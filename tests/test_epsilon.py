@@ -12,7 +12,7 @@ from rows import random_rows
 import keras_rgd
 from keras_rgd import DiffusionMatrix
 from keras_rgd import epsilon as rules
-from keras_rgd.epsilon import Fixed, Fraction, FractionOfRecent, SpectralMeasure, WeakField
+from keras_rgd.epsilon import Fixed, Fraction, FractionOfMean, SpectralMeasure, WeakField
 from keras_rgd.metric import choose_epsilon
 
 
@@ -222,25 +222,25 @@ def test_a_fraction_near_1_is_not_cut():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-10, 1e10])
 @pytest.mark.parametrize("source", ["window", "examples"])
-def test_a_fraction_of_recent_is_below_the_bounds_of_the_batches_before(source, scale):
+def test_a_fraction_of_the_mean_is_below_the_mean_of_the_batches_before(source, scale):
     c, decay = 0.6, 0.9
     case = BY_NAME["dense"]
-    rule = FractionOfRecent(c, decay)
+    rule = FractionOfMean(c, decay)
     options = {"window": 3} if source == "window" else {"per_example": "vectorized_map"}
     optimizer = keras_rgd.RGD(1e-3 / scale, rule, **options)
     model = steps.build(case)
     model.compile(optimizer, lambda y, p: scale * keras.losses.mean_squared_error(y, p))
-    rng, largest, faded = np.random.default_rng(0), 0.0, 0
+    rng, mean, held = np.random.default_rng(0), 0.0, 0
     for _ in range(12):
         x, y = rng.normal(size=(6, 5)), rng.normal(size=(6, 3)) * rng.choice([0.1, 1.0])
         model.train_on_batch(x.astype("float32"), y.astype("float32"))
         M = float(optimizer.lambda_max)
-        faded += M < decay * largest
-        largest = max(decay * largest, M)
+        held += M < mean
         if M > 0:
-            assert float(optimizer.chosen_epsilon) * largest == pytest.approx(c, rel=1e-5)
-            assert float(optimizer.chosen_epsilon) * M <= c * 1.00001
-    assert faded > 2  # the batch's own M_x would have given another eps
+            assert float(optimizer.chosen_epsilon) * max(M, mean) == pytest.approx(c, rel=1e-5)
+        mean = decay * mean + (1 - decay) * M if mean > 0 else M
+        assert float(optimizer.mean_lambda_max) == pytest.approx(mean, rel=1e-5)
+    assert held > 2  # the batch's own M_x would have given another eps
 
 
 # arguments and serialization
@@ -250,8 +250,8 @@ SCHEDULE = keras.optimizers.schedules.CosineDecay(0.9, 100, alpha=0.1)
 RULES = [
     Fraction(0.3),
     Fraction(SCHEDULE),
-    FractionOfRecent(0.4, 0.9),
-    FractionOfRecent(SCHEDULE),
+    FractionOfMean(0.4, 0.9),
+    FractionOfMean(SCHEDULE),
     Fixed(2.5),
     Fixed(0),
     WeakField(0.01),
@@ -302,7 +302,7 @@ def test_fractions_outside_0_and_1_are_refused(c):
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, float("nan"), "x"])
 def test_decays_outside_0_and_1_are_refused(decay):
     with pytest.raises(ValueError, match="`decay` must be .* Received: decay="):
-        FractionOfRecent(0.5, decay)
+        FractionOfMean(0.5, decay)
 
 
 @pytest.mark.parametrize("value", [-1e-9, float("inf"), float("nan"), "x", None])
