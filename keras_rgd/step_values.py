@@ -97,7 +97,7 @@ class StepValues:
     def reset_means(self):
         """Begin anew with `means`; outside a graph."""
         for variable in (self._sums, self._steps):
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
 
     def means(self):
         """The `StepMeans`; outside a graph."""

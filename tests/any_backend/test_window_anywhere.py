@@ -99,6 +99,17 @@ def test_every_rule_meets_the_window(rule):
         assert int(optimizer.epsilon_cuts) == 19  # without a D there is nothing to cut
 
 
+def test_the_means_over_the_steps_are_kept_and_begun_anew():
+    optimizer, seen = keras_rgd.RGD(1.0, window=4), []
+    for _ in walk(optimizer, gradients(9), 4):
+        seen.append(float(optimizer.chosen_epsilon))
+    means = optimizer.step_means()
+    assert means.epsilon == pytest.approx(np.exp(np.log(seen[1:]).mean()), rel=1e-5)
+    assert (means.steps, means.steps_without_epsilon) == (9, 1)
+    optimizer.reset_step_means()
+    assert optimizer.step_means().steps == 0 and np.isnan(optimizer.step_means().epsilon)
+
+
 def test_the_first_step_is_plain_gradient_descent():
     given = list(gradients(2))
     (first, *_), (second, *_) = walk(keras_rgd.RGD(1.0, window=4), given, 4)
