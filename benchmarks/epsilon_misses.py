@@ -1,4 +1,4 @@
-"""How safe eps is where the step has no Gram matrix.
+"""How often eps is 1/M_x and more, M_x of the batch's D or of the data set's.
 
 With "double_backward" the largest eigenvalue M_x of each batch's D is estimated, and eps * M_x < 1
 can be missed; so it is for a batch in pieces. This trains on the 8x8 digits that scikit-learn
@@ -6,6 +6,11 @@ ships, decomposes the Gram matrix of every batch besides, and prints how often a
 
     python benchmarks/epsilon_misses.py
     python benchmarks/epsilon_misses.py --models mlp cnn --batch-sizes 64 1797 --microbatch-size 32
+
+Where M_x of each batch is known, the data set's may still be larger. At four moments of a training
+this compares them over batches drawn there, for the eps that a rule would choose next:
+
+    python benchmarks/epsilon_misses.py --of-the-data-set --models mlp --batch-sizes 64
 """
 
 import argparse
@@ -50,16 +55,70 @@ def lstm():
 MODELS = {f.__name__: f for f in (mlp, cnn, cnn_batch_normalization, lstm)}
 
 
+MOMENTS, DRAWN = (200, 500, 1000, 2000), 200
+
+
+def digits():
+    """The images, shape (1797, 8, 8, 1), and labels."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return (images / 16).astype("float32").reshape(-1, 8, 8, 1), labels
+
+
+def compiled(name, rgd):
+    """One of MODELS, to be trained with an RGD."""
+    model = keras_rgd.RGDSequential([keras.Input((8, 8, 1)), *MODELS[name]()])
+    model.compile(rgd, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def data_set_products(name, rule, batch_size, learning_rate, seed):
+    """eps * M_x of the data set's D, for DRAWN batches at each of MOMENTS, numpy (4, DRAWN)."""
+    keras.utils.set_random_seed(seed)
+    images, labels = digits()
+    rgd = keras_rgd.RGD(learning_rate, rule)
+    model, rng, result = compiled(name, rgd), np.random.default_rng(seed), []
+    for step in range(1, max(MOMENTS) + 1):
+        chosen = rng.choice(len(images), batch_size, replace=False)
+        model.train_on_batch(images[chosen], labels[chosen])
+        if step not in MOMENTS:
+            continue
+        D = keras_rgd.diffusion_matrix(model, images, labels)
+        gram, mean = np.asarray(D.gradients.gram(), float), float(rgd.mean_lambda_max)
+        row = []
+        for _ in range(DRAWN):
+            drawn = rng.choice(len(images), batch_size, replace=False)
+            k = gram[np.ix_(drawn, drawn)]
+            k = k - k.mean(0)
+            bound = np.linalg.eigvalsh(k - k.mean(1, keepdims=True))[-1] / batch_size
+            if isinstance(rule, keras_rgd.epsilon.FractionOfMean):
+                bound = max(bound, mean)
+            row.append(rule.c / bound * D.top_eigenvalue())
+        result.append(row)
+    return np.array(result)
+
+
+def print_data_set_table(args):
+    """One row for each rule."""
+    print("| model | N | rule |", *(f"step {t} |" for t in MOMENTS))
+    print("|---|---|---|" + "---|" * len(MOMENTS))
+    rules = keras_rgd.epsilon
+    for name in args.models:
+        for n in args.batch_sizes:
+            for make in (rules.Fraction, rules.FractionOfMean):
+                for c in args.fractions:
+                    p = data_set_products(name, make(c), n, args.learning_rate, args.seed)
+                    cells = (f"{np.mean(r >= 1):.1%}, {np.median(r):.2f}, {r.max():.2f}" for r in p)
+                    print(f"| {name} | {n} | `{make.__name__}({c})` |", " | ".join(cells), "|")
+
+
 def products(name, epsilon, batch_size, learning_rate, steps, seed, microbatch_size=None):
     """eps * M_x at each step of one training run, and how many steps iterated; numpy (steps,)."""
     keras.utils.set_random_seed(seed)
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-    model = keras_rgd.RGDSequential([keras.Input((8, 8, 1)), *MODELS[name]()])
+    images, labels = digits()
     rgd = keras_rgd.RGD(
         learning_rate, epsilon, per_example="double_backward", microbatch_size=microbatch_size
     )
-    model.compile(rgd, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model = compiled(name, rgd)
     rng = np.random.default_rng(seed)
     way, result = None, []
     for _ in range(steps):
@@ -82,7 +141,10 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--microbatch-size", type=int, help="take batches in pieces")
+    parser.add_argument("--of-the-data-set", action="store_true", help="M_x of all examples' D")
     args = parser.parse_args()
+    if args.of_the_data_set:
+        return print_data_set_table(args)
     size = args.microbatch_size
     print("| model | N | c | steps | eps M_x >= 1 | worst | median | least |")
     print("|---|---|---|---|---|---|---|---|")

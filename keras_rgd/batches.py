@@ -37,14 +37,47 @@ def read(data):
             )
         batch = tuple(batch) if isinstance(batch, list) else batch
         batch = keras.utils.unpack_x_y_sample_weight(batch)
+        check_dense(*batch)
         check_lengths(*batch)
         yield batch
+
+
+_NAMES = ("x", "y", "sample_weight")
+
+
+def check_dense(x, y=None, sample_weight=None, what="Measuring D"):
+    """Raise `ValueError`, with the input's name, where one is sparse or ragged.
+
+    Args:
+        x: inputs: arrays or tensors, or their `tf.TypeSpec`s.
+        y: targets, likewise. Defaults to `None`.
+        sample_weight: likewise. Defaults to `None`.
+        what: what needs dense inputs, as the error's subject. Defaults to `"Measuring D"`.
+    """
+    for (which, *path), leaf in keras.tree.flatten_with_path((x, y, sample_weight)):
+        kind = _not_dense(leaf)
+        if kind is not None:
+            name = _NAMES[which] + "".join(f"[{key!r}]" for key in path)
+            write = "tensor.to_tensor()" if kind == "ragged" else "tf.sparse.to_dense(tensor)"
+            raise ValueError(
+                f"{what} needs dense inputs, and {name} is {kind}. Make it dense, with "
+                f"{write}, in a data set by dataset.map(...). Training takes it as it is with "
+                f"keras_rgd.RGD(..., window=32). Received: {name} of type {type(leaf).__name__}, "
+                f"shape {tuple(leaf.shape)}"
+            )
+
+
+def _not_dense(leaf):
+    if isinstance(leaf, tf.RaggedTensor | tf.RaggedTensorSpec):
+        return "ragged"
+    is_sparse = isinstance(leaf, tf.SparseTensor | tf.SparseTensorSpec)
+    return "sparse" if is_sparse or hasattr(leaf, "tocoo") else None
 
 
 def check_lengths(x, y, sample_weight):
     """Raise `ValueError` unless all arrays have the same positive length along axis 0."""
     lengths = {}
-    for name, tree in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+    for name, tree in zip(_NAMES, (x, y, sample_weight), strict=True):
         leaves = [t for t in keras.tree.flatten(tree) if t is not None]
         lengths[name] = sorted({_shape_length(t) for t in leaves}, key=str)
     distinct = {n for of_one in lengths.values() for n in of_one}
@@ -118,7 +151,7 @@ class Batches:
         self._checksums = None
         if isinstance(data, tuple | list):
             (arrays,) = read(data)
-            arrays = mapped(_array, arrays)
+            arrays = mapped(as_array, arrays)
             if examples is not None and examples < length(arrays):
                 rng = np.random.default_rng(seed)
                 chosen = np.sort(rng.choice(length(arrays), examples, replace=False))
@@ -164,7 +197,7 @@ class Batches:
         """The data set's own batches, which must be the same in each pass."""
         left, checksums = self._examples, []
         for batch in read(self._data):
-            batch = mapped(_array, batch)
+            batch = mapped(as_array, batch)
             if left is not None:
                 batch = mapped(lambda a, left=left: a[:left], batch)
                 left -= length(batch)
@@ -180,13 +213,26 @@ class Batches:
         self._checksums = checksums
 
 
-def _array(value):
-    """As numpy holds it, if it is not on disk; strings as bytes of one length."""
-    if isinstance(value, np.ndarray) or type(value).__module__.startswith("h5py"):
+def as_array(value):
+    """As numpy holds it, if it is not on disk; strings in Python objects as bytes.
+
+    Raises:
+        ValueError: it holds neither numbers nor strings.
+    """
+    if type(value).__module__.startswith("h5py"):
         return value
     array = np.asarray(value)
-    is_text = tf.is_tensor(value) and value.dtype == tf.string
-    return array.astype("S") if is_text else array
+    if array.dtype != object:
+        return array
+    # A data set's strings come as bytes, a pandas column's as str.
+    if not all(isinstance(text, str | bytes) for text in array.flat):
+        raise ValueError(
+            "Expected arrays or tensors of numbers or strings. "
+            f"Received: an array of dtype object, shape {array.shape}"
+        )
+    encoded = np.empty_like(array)
+    encoded.flat = [text.encode() if isinstance(text, str) else text for text in array.flat]
+    return encoded
 
 
 def _is_endless(data):
@@ -201,7 +247,8 @@ def _checksum(batch):
     value = 0
     for a in keras.tree.flatten(batch):
         if a is not None:
-            value = zlib.crc32(np.ascontiguousarray(a), value)
+            content = b"\0".join(a.flat) if a.dtype == object else np.ascontiguousarray(a)
+            value = zlib.crc32(content, value)
     return value
 
 

@@ -42,12 +42,15 @@ class SpectralMeasure(InUnits):
             v^T f(D) v / |v|^2 = sum_j weights_j f(lam_j).
         unit: the square root of the unit of eigenvalues, a scalar tensor. It keeps squares of
             tiny and huge gradients in range.
+        mean_lambda_max: the running mean of `lambda_max` over the steps before, divided by unit**2;
+            0 at first, and `None` where there is no training.
     """
 
     lambda_max: Any
     nodes: Any
     weights: Any
     unit: Any
+    mean_lambda_max: Any = None
 
     def weak_field_error(self, epsilon):
         """|((I + eps D)^-1 - (I - eps D)) v| / |(I + eps D)^-1 v|, after Eq. (6) of the paper.
@@ -75,6 +78,7 @@ class GramSpectrum(InUnits):
         products: H G v / sqrt(N), shape (N,).
         square: |v|^2, a scalar tensor.
         unit: as in `SpectralMeasure`.
+        mean_lambda_max: as in `SpectralMeasure`.
     """
 
     lambda_max: Any
@@ -82,6 +86,7 @@ class GramSpectrum(InUnits):
     products: Any
     square: Any
     unit: Any
+    mean_lambda_max: Any = None
 
     def weak_field_error(self, epsilon):
         """As `SpectralMeasure.weak_field_error`, for eps < 1/lambda_max, by products with K.
@@ -112,14 +117,23 @@ class GramSpectrum(InUnits):
 
 
 class Rule(abc.ABC):
-    """Chooses eps from a `SpectralMeasure`. Subclasses are Keras-serializable."""
+    """Chooses eps from a `SpectralMeasure`. Subclasses are Keras-serializable.
+
+    Whatever it returns, what is used is in [0, 1/M_x): more is cut to just under 1/M_x, a negative
+    number or NaN to 0, a step of plain gradient descent. `RGD.epsilon_cuts` counts these steps.
+
+    Attributes:
+        decay: of `spectrum.mean_lambda_max`, what is left of it after one more step, in (0, 1).
+    """
+
+    decay = 0.99
 
     @abc.abstractmethod
     def __call__(self, spectrum, iteration):
         """The chosen eps in the unit unit**-2 of `spectrum`, a scalar tensor, below 1/lambda_max.
 
         Args:
-            spectrum: a `SpectralMeasure`.
+            spectrum: a `SpectralMeasure`, or a `GramSpectrum`, which has the same methods.
             iteration: number of steps taken, an integer tensor, for schedules.
         """
 
@@ -166,13 +180,14 @@ class Fraction(Rule):
         self.c = c
 
     def __call__(self, spectrum, iteration):
+        return ops.divide_no_nan(self._fraction(spectrum, iteration), spectrum.lambda_max)
+
+    def _fraction(self, spectrum, iteration):
         dtype = spectrum.lambda_max.dtype
         if isinstance(self.c, float):
-            c = ops.convert_to_tensor(self.c, dtype)
-        else:
-            # A schedule knows no bounds; the paper's eps < 1/M_x holds all the same.
-            c = ops.clip(ops.cast(self.c(iteration), dtype), 0, _JUST_UNDER)
-        return ops.divide_no_nan(c, spectrum.lambda_max)
+            return ops.convert_to_tensor(self.c, dtype)
+        # A schedule knows no bounds; the paper's eps < 1/M_x holds all the same.
+        return ops.clip(ops.cast(self.c(iteration), dtype), 0, _JUST_UNDER)
 
     def get_config(self):
         if isinstance(self.c, float):
@@ -181,10 +196,39 @@ class Fraction(Rule):
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")
+class FractionOfMean(Fraction):
+    """eps = c / M, M the larger of this batch's M_x and the running mean of those before.
+
+    A batch may have a smaller M_x than the data set, and `Fraction` then takes an eps beyond the
+    data set's 1/M_x. The mean is on its side: the largest eigenvalue is convex, so that of the
+    batches' mean D is at most the mean of M_x. Of one D alone it is `Fraction`.
+
+    Args:
+        c: as in `Fraction`. Defaults to `0.5`.
+        decay: what is left of the mean after each step, 0 < decay < 1: it is one over some
+            1 / (1 - decay) steps. Defaults to `0.99`.
+
+    Raises:
+        ValueError: c or decay is not what is described here.
+    """
+
+    def __init__(self, c=0.5, decay=0.99):
+        super().__init__(c)
+        self.decay = _number("decay", decay, 0, 1, "a float in (0, 1)")
+
+    def __call__(self, spectrum, iteration):
+        larger = spectrum.lambda_max
+        if spectrum.mean_lambda_max is not None:
+            larger = ops.maximum(larger, spectrum.mean_lambda_max)
+        return ops.divide_no_nan(self._fraction(spectrum, iteration), larger)
+
+    def get_config(self):
+        return super().get_config() | {"decay": self.decay}
+
+
+@keras.saving.register_keras_serializable(package="keras_rgd")
 class Fixed(Rule):
     """eps = value, but never more than just under 1/M_x.
-
-    `RGD.epsilon_cuts` counts the steps on which it was cut.
 
     Args:
         value: eps, in units of one over squared gradients; at least 0. With 0 the step is plain
@@ -215,9 +259,8 @@ class Fixed(Rule):
 class WeakField(Rule):
     """The largest eps < 1/M_x whose weak-field error on the step is at most `tolerance`.
 
-    The error is that of replacing (I + eps D)^-1 v by (I - eps D) v, relative to the former; it
-    grows with eps. Where the step has no Gram matrix ("double_backward") an upper bound of the
-    error stands for it, so eps is then at most the largest.
+    The error is that of (I - eps D) v for (I + eps D)^-1 v, relative to the latter; it grows with
+    eps. Without a Gram matrix ("double_backward") an upper bound of it is taken, and a smaller eps.
 
     Args:
         tolerance: the error allowed, in (0, 1). Defaults to `0.05`.
@@ -245,6 +288,25 @@ class WeakField(Rule):
         return {"tolerance": self.tolerance}
 
 
+def choose(rule, spectrum, iteration):
+    """Eps by a rule, in [0, 1/M_x) whatever it returns, and whether that took a cut.
+
+    Args:
+        rule: a `Rule`.
+        spectrum: as a rule sees it.
+        iteration: as a rule sees it.
+
+    Returns:
+        eps in the unit unit**-2 of `spectrum`, and a bool, both scalar tensors.
+    """
+    dtype = spectrum.lambda_max.dtype
+    told = ops.reshape(ops.cast(rule(spectrum, iteration), dtype), [])
+    epsilon = ops.where(told * spectrum.lambda_max < 1, told, _below_bound(spectrum, 0.0))
+    # NaN is not >= 0.
+    epsilon = ops.where(told >= 0, epsilon, ops.zeros_like(told))
+    return epsilon, ops.logical_or(told != epsilon, rule.was_cut(spectrum, epsilon))
+
+
 def get(epsilon):
     """The rule that `epsilon` stands for.
 
@@ -266,7 +328,7 @@ def get(epsilon):
     raise ValueError(
         "`epsilon` must be a float in (0, 1), the fraction of 1/M_x; a keras "
         "LearningRateSchedule of that fraction; or a rule: keras_rgd.epsilon.Fraction(c), "
-        f"Fixed(value) or WeakField(tolerance). Received: epsilon={epsilon!r}"
+        f"FractionOfMean(c), Fixed(value) or WeakField(tolerance). Received: epsilon={epsilon!r}"
     )
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_rgd import per_example as ways
 from keras_rgd import vectors
-from keras_rgd.batches import check_lengths
+from keras_rgd.batches import as_array, check_dense, check_lengths
 from keras_rgd.diffusion import DiffusionMatrix, NotFiniteError
 from keras_rgd.metric import DiffusionMetric, choose_epsilon
 from keras_rgd.record import DiffusionRecord
@@ -51,9 +51,40 @@ def diffusion_matrix(
     return DiffusionMatrix(way(*batch))
 
 
+def check_measurable(model):
+    """Raise `ValueError` where nothing that a measurement could read gives the examples' losses."""
+    ways.check_model(model)
+    own = _overriding(model, "train_step")
+    ways_out = (
+        "Override `compute_loss(self, x, y, y_pred, sample_weight)` and let the training use it; "
+        "or give DiffusionMonitor(data, losses=...) a function that returns the losses of a "
+        "batch's examples, shape (N,). To train such a model by D, keras_rgd.RGD(window=32) takes "
+        "it as it is; keras_rgd.per_example_gradients is for a training loop of one's own."
+    )
+    step = "" if own is None else f", and class {own.__name__} overrides `train_step`"
+    if type(model).call is keras.Model.call:
+        raise ValueError(
+            f"Model '{model.name}' has no `call`{step}, so there is no output to take losses of. "
+            + ways_out
+        )
+    no_loss = model.loss is None and type(model).compute_loss is keras.Model.compute_loss
+    if own is not None and no_loss:
+        raise ValueError(
+            f"Model '{model.name}' is compiled without a loss{step}, which alone knows what is "
+            f"minimised. {ways_out}"
+        )
+
+
+def _overriding(model, name):
+    """The class of the user's that has a method of its own by this name, or `None`."""
+    cls = next(c for c in type(model).__mro__ if name in vars(c))
+    return None if cls.__module__.split(".")[0] in ("keras", "keras_rgd") else cls
+
+
 def as_batch(model, x, y=None, sample_weight=None):
     """(x, y, sample_weight) as tensors of the dtypes that `fit` would use, checked."""
-    ways.check_model(model)
+    check_measurable(model)
+    check_dense(x, y, sample_weight)
     check_lengths(x, y, sample_weight)
     keras_reads_y = model.loss is not None and type(model).compute_loss is keras.Model.compute_loss
     if y is None and keras_reads_y:
@@ -67,7 +98,7 @@ def as_batch(model, x, y=None, sample_weight=None):
 def way_for(model, batch, training, per_example, chunk_size, precise=True):
     """The function from a batch like this one to `PerExampleGradients`; see `measuring_way`."""
     if not model.built:
-        model(batch[0])
+        build(model, batch[0])
     if not model.trainable_variables:
         raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
     return ways.measuring_way(
@@ -80,17 +111,19 @@ def way_for(model, batch, training, per_example, chunk_size, precise=True):
     )
 
 
+def build(model, x):
+    """Make a model's weights as its first step would; nothing is computed, and no seed goes on."""
+
+    def symbolic(a):
+        return None if a is None else keras.KerasTensor((None, *a.shape[1:]), a.dtype)
+
+    model(keras.tree.map_structure(symbolic, x))
+
+
 def _tensor(value):
     if value is None:
         return None
-    if not tf.is_tensor(value):
-        value = np.asarray(value)
-        if value.dtype == object:
-            raise ValueError(
-                "Expected arrays or tensors of numbers or strings. "
-                f"Received: an array of dtype object, shape {value.shape}"
-            )
-    tensor = tf.convert_to_tensor(value)
+    tensor = tf.convert_to_tensor(value if tf.is_tensor(value) else as_array(value))
     return tf.cast(tensor, keras.config.floatx()) if tensor.dtype.is_floating else tensor
 
 
@@ -112,16 +145,15 @@ class Measurement:
         self._way = way_for(model, batch, training, per_example, chunk_size)
         self._last_top = None
 
-    def __call__(self, rule, *, epoch, step, rgd=None, step_epsilon=math.nan):
+    def __call__(self, rule, *, epoch, step, rgd=None):
         """Measure now.
 
         Args:
             rule: a rule of `keras_rgd.epsilon`, applied to the measured D along the gradient.
             epoch: recorded.
             step: recorded, and the rule's iteration.
-            rgd: the `RGD` that trains the model, whose own D is recorded beside. Defaults to
-                `None`.
-            step_epsilon: recorded. Defaults to NaN.
+            rgd: the `RGD` that trains the model, whose steps and own D are recorded beside.
+                Defaults to `None`.
 
         Returns:
             A `DiffusionRecord`.
@@ -136,6 +168,7 @@ class Measurement:
         except NotFiniteError as error:
             self._last_top = None
             values = _undefined_values(D, error)
+        values |= _step_values(rgd, values["lambda_max"])
         return DiffusionRecord(
             epoch=epoch,
             step=step,
@@ -144,8 +177,6 @@ class Measurement:
             mode=self._mode,
             per_example=gradients.way,
             rank_bound=D.n_examples - 1,
-            step_epsilon=step_epsilon,
-            step_lambda_max=math.nan if rgd is None else float(rgd.lambda_max),
             seconds=time.perf_counter() - start,
             **values,
         )
@@ -173,7 +204,7 @@ class Measurement:
 def _undefined_values(D, error):
     """The fields of a record of gradients that are not finite: training goes on, and so do we."""
     values = {f.name: math.nan for f in dataclasses.fields(DiffusionRecord) if f.type is float}
-    del values["step_epsilon"], values["step_lambda_max"], values["seconds"]
+    del values["seconds"]
     return values | {
         "eigenvalues": np.full(min(D.shape[0], D.n_examples), math.nan),
         "rank": None,
@@ -240,6 +271,20 @@ def _gradient_values(D, rule, step):
         "noise_scale": noise_scale(
             D.n_examples, D.trace(), float(vectors.norm(D.gradients.mean())) ** 2
         ),
+    }
+
+
+def _step_values(rgd, lambda_max):
+    """The fields of a record that are about the steps of `RGD`."""
+    if rgd is None or not rgd.built:
+        return {"step_epsilon": math.nan}
+    means = rgd.step_means()
+    return {
+        "step_epsilon": means.epsilon,
+        "steps_without_epsilon": means.steps_without_epsilon,
+        "step_epsilon_lambda_max": means.epsilon * lambda_max,
+        "step_weak_field_error": means.weak_field_error,
+        "step_lambda_max": float(rgd.lambda_max),
     }
 
 

@@ -132,7 +132,8 @@ def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
         iteration: number of steps taken, for a schedule.
     """
     spectrum = _spectrum(diffusion_matrix, v)
-    return float(spectrum.in_true_units(rule(spectrum, iteration)))
+    epsilon, _ = epsilon_rules.choose(rule, spectrum, iteration)
+    return float(spectrum.in_true_units(epsilon))
 
 
 def _spectrum(diffusion_matrix, v):

@@ -15,6 +15,7 @@ from keras_rgd import arguments, batches, summaries
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd.geometry.neglected import pointwise_terms
 from keras_rgd.geometry.point import Point
+from keras_rgd.losses_model import LossesModel, as_given
 from keras_rgd.measurement import Measurement, as_batch
 from keras_rgd.optimizer import inner_rgd
 from keras_rgd.record import load_records, save_records
@@ -53,6 +54,14 @@ class DiffusionMonitor(keras.callbacks.Callback):
         epsilon: the rule for eps where the optimizer is not `RGD`, whose own rule is used
             otherwise; as `RGD`'s argument. Defaults to `0.5`.
         per_example: as in `keras_rgd.diffusion_matrix`. Defaults to `"auto"`.
+        losses: for a model that has no `call` or no loss, as a GAN or a diffusion model with a
+            `train_step` of its own: a function of a batch, x, (x, y) or (x, y, sample_weight) as
+            `data` gives it, that returns the loss of each example, shape (N,). Its layers are in
+            evaluation mode unless it says otherwise. Random numbers should be drawn by a
+            `keras.random.SeedGenerator` of the model, which a measurement puts back. Defaults to
+            `None`, the model's own loss.
+        weights: with `losses`, the list of variables that D is about. Defaults to `None`, all that
+            the model trains.
         neglected_terms: whether to record what Eq. (10) neglects at each measured point as well
             (`neglected_curvature` and three more; `keras_rgd.geometry.neglected_terms` has them
             along a whole flow). In evaluation mode. Defaults to `False`.
@@ -76,6 +85,8 @@ class DiffusionMonitor(keras.callbacks.Callback):
         training=False,
         epsilon=0.5,
         per_example="auto",
+        losses=None,
+        weights=None,
         neglected_terms=False,
         verbose=True,
     ):
@@ -85,6 +96,12 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 f"`examples` must be a positive integer. Received: examples={examples!r}"
             )
         arguments.check_way(per_example, chunk_size)
+        if not isinstance(training, bool):
+            raise ValueError(f"`training` must be True or False. Received: training={training!r}")
+        if losses is not None and not callable(losses):
+            raise ValueError(f"`losses` must be a function. Received: losses={losses!r}")
+        if weights is not None and losses is None:
+            raise ValueError("`weights` are those of `losses`. Received: losses=None")
         if neglected_terms and training:
             raise ValueError(
                 "`neglected_terms` are those of evaluation mode. Received: neglected_terms=True, "
@@ -95,24 +112,34 @@ class DiffusionMonitor(keras.callbacks.Callback):
         self._rule = epsilon_rules.get(epsilon)
         self._log_dir = None if log_dir is None else os.path.join(log_dir, "diffusion")
         self._options = (training, per_example, chunk_size)
+        self._losses, self._weights = losses, weights
         self._neglected = neglected_terms
         self._verbose = verbose
-        self._measurement = self._point = None
+        self._measured = self._measurement = self._point = None
         self._writer = None
 
     def on_train_begin(self, logs=None):
         """Find out how this model is measured, and whether it can be, before it trains."""
         if self._log_dir is not None and self._writer is None:
             self._writer = tf.summary.create_file_writer(self._log_dir)
-        self._measurement = None
-        if self.model.built:
-            with self._showing_progress():
-                self._prepare()
+        with self._showing_progress():
+            self._prepare()
 
     def _prepare(self):
-        batch = as_batch(self.model, *self._data)
-        self._measurement = Measurement(self.model, batch, *self._options)
-        self._point = Point(self.model, *batch, compiled=True) if self._neglected else None
+        if self._losses is None:
+            self._measured, data = self.model, self._data
+        else:
+            self._measured = LossesModel(self.model, self._losses, self._weights)
+            data = (as_given(*self._data),)
+        batch = as_batch(self._measured, *data)
+        self._measurement = Measurement(self._measured, batch, *self._options)
+        self._point = Point(self._measured, *batch, compiled=True) if self._neglected else None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Begin anew with what RGD keeps of an epoch's steps."""
+        rgd = inner_rgd(self.model.optimizer)
+        if rgd is not None and rgd.built:
+            rgd.reset_step_means()
 
     def on_epoch_end(self, epoch, logs=None):
         """Measure, record, and put the main numbers into `logs`."""
@@ -121,15 +148,15 @@ class DiffusionMonitor(keras.callbacks.Callback):
         rgd = inner_rgd(optimizer)
         with self._showing_progress():
             # Layers may have been frozen since.
-            if self._measurement is None or not self._measurement.is_of(self.model):
+            if not self._measurement.is_of(self._measured):
                 self._prepare()
             rule = self._rule if rgd is None else rgd.epsilon
             record = self._measurement(
                 rule,
                 epoch=epoch,
-                step=int(optimizer.iterations),
+                # int() of a mirrored variable raises.
+                step=int(keras.ops.convert_to_numpy(optimizer.iterations)),
                 rgd=rgd,
-                step_epsilon=_step_epsilon(rgd, logs),
             )
             if self._neglected and math.isfinite(record.epsilon):
                 terms = pointwise_terms(self._point, rule, record.epsilon)
@@ -143,7 +170,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Close the TensorBoard file."""
-        self._measurement = self._point = None
+        self._measured = self._measurement = self._point = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -181,13 +208,6 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 status.stop()
 
 
-def _step_epsilon(rgd, logs):
-    """The epoch's mean where the model has it, else what the window's last step used."""
-    if rgd is not None and rgd.window is not None:
-        return float(rgd.chosen_epsilon)
-    return float(logs.get("step_epsilon", math.nan))
-
-
 def _number(value):
     return math.nan if value is None else value
 
@@ -197,10 +217,14 @@ def _first_examples(data, examples):
     parts, missing = [], examples
     for batch in batches.read(data):
         # Of views of its arrays the whole data set would stay in memory.
-        parts.append(batches.mapped(lambda a, n=missing: np.array(a[:n]), batch))
+        parts.append(batches.mapped(lambda a, n=missing: _copy(a[:n]), batch))
         missing -= batches.length(parts[-1])
         if missing <= 0:
             break
     if not parts:
         raise ValueError("`data` has no examples.")
     return batches.joined(*parts)
+
+
+def _copy(array):
+    return np.array(batches.as_array(array))

@@ -1,6 +1,7 @@
 """RGD: relativistic gradient descent, Eq. (10) of the paper, as a Keras optimizer."""
 
 import contextlib
+import dataclasses
 import numbers
 
 import keras
@@ -10,7 +11,8 @@ from keras_rgd import arguments
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.step import iterated_step_of, step_of
-from keras_rgd.window import DTYPES, GradientWindow, WindowGradients
+from keras_rgd.step_values import Scalar, StepValues
+from keras_rgd.window import GradientWindow, WindowGradients, announcement
 
 _ORDINARY_MODEL = """\
 RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
@@ -21,7 +23,9 @@ or use a model that takes RGD steps by the gradients of its examples:
     model = keras_rgd.RGDModel(inputs, outputs) # instead of keras.Model(inputs, outputs)
     model = keras_rgd.to_rgd(model)             # an existing model, sharing its weights
     class MyModel(keras_rgd.RGDMixin, keras.Model): ...
-then compile and fit as before. In a training loop of your own:
+then compile and fit as before. Where the model's class overrides `train_step`, the window leaves \
+it as it is; the other ways have a `train_step` of their own, and need its loss in `compute_loss`. \
+In a training loop of your own:
     gradients = keras_rgd.per_example_gradients(model, x, y)
     optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
 
@@ -46,7 +50,8 @@ class RGD(keras.optimizers.Optimizer):
             without arguments. Defaults to `0.01`.
         epsilon: how eps(x) is chosen below 1/M_x, M_x the largest eigenvalue of the batch's D: a
             float c in (0, 1) for eps = c / M_x, a schedule of c, or a rule of
-            `keras_rgd.epsilon` (`Fraction`, `Fixed`, `WeakField`). Defaults to `0.5`.
+            `keras_rgd.epsilon` (`Fraction`, `FractionOfMean`, `Fixed`, `WeakField`, or one's
+            own). Defaults to `0.5`.
         momentum: float in [0, 1]. Defaults to `0.0`.
         nesterov: whether momentum is Nesterov's. Defaults to `False`.
         per_example: the way to per-example gradients: "layerwise", "double_backward",
@@ -131,7 +136,9 @@ class RGD(keras.optimizers.Optimizer):
                 f"Received: microbatch_size={microbatch_size!r}"
             )
         self._epsilon = epsilon_rules.get(epsilon)
-        _check_source(window, window_dtype, batch_size, self._epsilon)
+        window_dtype = arguments.checked_window_dtype(
+            window, window_dtype, batch_size, self._epsilon
+        )
         if window is not None and (per_example, chunk_size, microbatch_size) != (
             "auto",
             None,
@@ -181,20 +188,31 @@ class RGD(keras.optimizers.Optimizer):
             ]
         self._window = None
         if self.window is not None:
+            # First, as it may not fit.
+            large = announcement(variables, self.window, self.window_dtype)
+            if large is not None:
+                print(large, flush=True)
             self._window = GradientWindow(
                 self.add_variable, variables, self.window, self.window_dtype
             )
-            announcement = self._window.announcement()
-            if announcement is not None:
-                print(announcement, flush=True)
-        self.lambda_max = self._add_scalar("lambda_max")
-        self.chosen_epsilon = self._add_scalar("chosen_epsilon")
-        self.step_weak_field_error = self._add_scalar("step_weak_field_error")
-        self.epsilon_cuts = self._add_scalar("epsilon_cuts", dtype="int")
+        self._values = StepValues(self._add_shared, self._add_scalar)
+        self.lambda_max = self._values.lambda_max
+        self.mean_lambda_max = self._values.mean_lambda_max
+        self.chosen_epsilon = self._values.chosen_epsilon
+        self.step_weak_field_error = self._values.step_weak_field_error
+        self.epsilon_cuts = self._values.epsilon_cuts
+        self.rounded_steps = self._values.rounded_steps
 
-    def _add_scalar(self, name, dtype=None):
+    def _add_shared(self, shape, dtype, name):
         # Every replica finds the same.
-        return self.add_variable((), dtype=dtype, aggregation="only_first_replica", name=name)
+        return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
+
+    def _add_scalar(self, dtype, name):
+        options = dict(trainable=False, aggregation="only_first_replica", name=name)
+        with keras.name_scope(self.name):
+            scalar = Scalar("zeros", (), dtype, **options)
+        self._track_variable(scalar)
+        return scalar
 
     def direction(self, gradients):
         """(I - eps D) v for one batch, Eq. (10), choosing and recording eps.
@@ -203,8 +221,9 @@ class RGD(keras.optimizers.Optimizer):
 
         Sets `lambda_max` (M_x of this batch as the rule saw it: an upper bound from a Gram matrix,
         or without one an estimate with a margin), `chosen_epsilon`, `step_weak_field_error` (of
-        the step; without a Gram matrix an upper bound) and `epsilon_cuts` (how often `Fixed` was
-        cut below 1/M_x so far).
+        the step; without a Gram matrix an upper bound), and counts `epsilon_cuts` (steps on which
+        the rule was cut below 1/M_x) and `rounded_steps` (steps on which the way's own arithmetic
+        had lost the digits of D, or where what differs between examples was rounding alone).
 
         Args:
             gradients: what `keras_rgd.per_example_gradients` returns for the batch.
@@ -213,8 +232,15 @@ class RGD(keras.optimizers.Optimizer):
             A list of tensors shaped as the weights.
 
         Raises:
-            ValueError: the optimizer is not built.
+            ValueError: `gradients` are something else, or the optimizer is not built.
         """
+        if not hasattr(gradients, "combine"):
+            raise ValueError(
+                "`gradients` must be those of the batch's examples, as "
+                "keras_rgd.per_example_gradients(model, x, y) returns them; a list of gradients is "
+                "their mean, from which only RGD(window=W) takes steps, by optimizer.apply(...). "
+                f"Received: {type(gradients).__name__}"
+            )
         if not self.built:
             raise ValueError(
                 "The optimizer has no state yet. Call optimizer.build(model.trainable_variables) "
@@ -225,24 +251,29 @@ class RGD(keras.optimizers.Optimizer):
         else:
             start = gradients.cast([t.value for t in self.top_directions])
             step, top = iterated_step_of(gradients, start)
-        epsilon = self.epsilon(step.spectrum, self.iterations)
-        self._record(step.spectrum, epsilon, top)
-        return step.direction(epsilon)
-
-    def _record(self, spectrum, epsilon, top):
-        unit = spectrum.unit
-        values = [
-            (self.lambda_max, spectrum.lambda_max * unit * unit),
-            (self.chosen_epsilon, spectrum.in_true_units(epsilon)),
-            (self.step_weak_field_error, spectrum.weak_field_error(epsilon)),
-        ]
-        # A batch that overflowed (half precision skips it) must not become the next estimate.
-        finite = ops.all(ops.stack([ops.isfinite(value) for _, value in values]))
-        for variable, value in [*values, *zip(self.top_directions, top, strict=True)]:
+        epsilon, cut = self._choose(step.spectrum)
+        finite = self._values.record(step, epsilon, cut, self.epsilon.decay)
+        for variable, value in zip(self.top_directions, top, strict=True):
             value = ops.cast(value, variable.dtype)
             variable.assign(ops.where(finite, value, variable.value))
-        cut = ops.logical_and(finite, self.epsilon.was_cut(spectrum, epsilon))
-        self.epsilon_cuts.assign_add(ops.cast(cut, self.epsilon_cuts.dtype))
+        return step.direction(epsilon)
+
+    def _choose(self, spectrum):
+        """Eps by the rule, which is told of the steps before, and whether it was cut."""
+        mean = self._values.mean_of(spectrum)
+        spectrum = dataclasses.replace(spectrum, mean_lambda_max=mean)
+        return epsilon_rules.choose(self.epsilon, spectrum, self.iterations)
+
+    def step_means(self):
+        """Means over the steps since `reset_step_means()`, a `keras_rgd.step_values.StepMeans`.
+
+        `DiffusionMonitor` resets them as an epoch begins and records them at its end.
+        """
+        return self._values.means()
+
+    def reset_step_means(self):
+        """Begin anew with `step_means()`."""
+        self._values.reset_means()
 
     @contextlib.contextmanager
     def applying_direction(self):
@@ -297,10 +328,10 @@ class RGD(keras.optimizers.Optimizer):
         for place, gradient in zip(self._places, gradients, strict=True):
             v[place] = gradient
         step = self._window.step(v, self.batch_size or 1)
-        epsilon = self.epsilon(step.spectrum, self.iterations)
+        epsilon, cut = self._choose(step.spectrum)
         direction = step.direction(epsilon)
         step.store()
-        self._record(step.spectrum, epsilon, [])
+        self._values.record(step, epsilon, cut, self.epsilon.decay)
         pairs = zip(self._places, gradients, strict=True)
         return [ops.cast(direction[place], gradient.dtype) for place, gradient in pairs]
 
@@ -363,44 +394,6 @@ def inner_rgd(optimizer):
     """The `RGD` that `optimizer` is or wraps (mixed precision wraps it), or `None`."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return inner if isinstance(inner, RGD) else None
-
-
-def _check_source(size, dtype, batch_size, rule):
-    """Raise `ValueError` unless the arguments name a source of D that this backend has."""
-    if size is None:
-        for name, value in (("window_dtype", dtype), ("batch_size", batch_size)):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` needs a `window`. Received: {name}={value!r}, no window"
-                )
-        backend = keras.backend.backend()
-        if backend != "tensorflow":
-            raise ValueError(
-                "RGD without `window` takes D from the gradients of the batch's examples, which "
-                "needs the TensorFlow backend of Keras. Write keras_rgd.RGD(..., window=32), or "
-                f"set KERAS_BACKEND=tensorflow. Received: window=None, backend {backend!r}"
-            )
-        return
-    if not arguments.is_count(size) or size < 2:
-        raise ValueError(
-            "`window` must be an integer >= 2, the number of mini-batch gradients that D is taken "
-            f"from, or None. Received: window={size!r}"
-        )
-    if dtype not in (None, *DTYPES):
-        raise ValueError(
-            f"`window_dtype` must be one of {', '.join(map(repr, DTYPES))}, or None for the "
-            f"weights' dtype. Received: window_dtype={dtype!r}"
-        )
-    if batch_size is not None and not arguments.is_count(batch_size):
-        raise ValueError(
-            f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
-        )
-    if batch_size is None and isinstance(rule, epsilon_rules.Fixed):
-        raise ValueError(
-            "An eps of a fixed value needs to know |B|, in whose units it is. Write "
-            "keras_rgd.RGD(..., epsilon=keras_rgd.epsilon.Fixed(value), window=32, batch_size=64) "
-            "with the number of examples in your batches. Received: batch_size=None"
-        )
 
 
 def _replicas():

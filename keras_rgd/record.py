@@ -46,7 +46,7 @@ class DiffusionRecord:
     epsilon_lambda_max: float  # eps * lambda_max, in [0, 1)
     weak_field_error: float  # ||(I + eps D)^-1 - (I - eps D)||, in [0, 1/2)
     weak_field_error_gradient: float  # of (I + eps D)^-1 v, relative, v the gradient
-    step_epsilon: float  # the epoch's mean of what RGD's steps used, with a window its last; or NaN
+    step_epsilon: float  # geometric mean over the epoch's steps with eps > 0; NaN without RGD's
     descent_ratio: float  # 1 - eps v^T D v / |v|^2, in (0, 1]
     cosine_top: float  # |cos| of v and the top eigenvector
     overlap: float  # tr(P_t P_s) / k with the last record's top k <= 10; NaN the first time
@@ -57,7 +57,10 @@ class DiffusionRecord:
     neglected_acceleration: float = math.nan  # |eps D x''| / |dv/dt|
     neglected_christoffel: float = math.nan  # O(eps^2) of Eq. (7) / |dv/dt|
     neglected_epsilon: float = math.nan  # of the derivative of eps(x) / |dv/dt|
-    # Of RGD's own D; NaN with other optimizers.
+    # Of RGD's own steps and D; NaN or None with other optimizers.
+    steps_without_epsilon: int | None = None  # the epoch's steps with eps = 0, as where D is 0
+    step_epsilon_lambda_max: float = math.nan  # step_epsilon * lambda_max: of eps < 1/M_x, D above
+    step_weak_field_error: float = math.nan  # mean over the epoch's steps, of each
     step_lambda_max: float = math.nan  # M_x as the last step saw it, a bound or with a margin
     window_cosine: float = math.nan  # of D v by the window and D v as measured, v the gradient
     window_rank: int | None = None  # of the window's D, at most W - 1; None without a window

@@ -16,8 +16,6 @@ from keras import ops
 from keras_rgd import bounds, vectors
 from keras_rgd.epsilon import GramSpectrum
 
-DTYPES = ("bfloat16", "float32", "float64")
-
 # What is rounding, in the last digits of the gradients.
 _NOISE = 32
 
@@ -64,26 +62,9 @@ class GradientWindow:
         self.products = add((size,), self.dtype, "window_products")
         self.stored = add((), "int", "window_stored")
 
-    @property
-    def nbytes(self):
-        """What the stored gradients take, in bytes."""
-        bits = {"bfloat16": 16, "float32": 32, "float64": 64}[self.stored_dtype]
-        return self.size * vectors.size(self.variables) * bits // 8
-
     def count(self):
         """How many gradients were stored so far, an int; outside a graph."""
         return int(ops.convert_to_numpy(self.stored.value))
-
-    def announcement(self):
-        """A line for the user where the window is large, else `None`."""
-        if self.nbytes <= _LARGE:
-            return None
-        smaller = "" if self.stored_dtype == "bfloat16" else '; window_dtype="bfloat16" takes less'
-        return (
-            f"RGD(window={self.size}) stores {self.size} gradients of "
-            f"{vectors.size(self.variables):,} weights in {self.stored_dtype}: "
-            f"{self.nbytes / 2**30:.1f} GiB{smaller}."
-        )
 
     def step(self, gradients, batch_size):
         """The `WindowStep` along a new gradient, which is not stored yet.
@@ -99,7 +80,10 @@ class GradientWindow:
         parts = [
             ops.zeros([vectors.size([variable])], self.dtype)
             if x is None
-            else ops.cast(ops.reshape(ops.convert_to_tensor(x), [-1]), self.dtype)
+            # By the weight's size: a trace for batches of any size may not know the gradient's.
+            else ops.cast(
+                ops.reshape(ops.convert_to_tensor(x), [vectors.size([variable])]), self.dtype
+            )
             for x, variable in zip(v, self.variables, strict=True)
         ]
         return [
@@ -304,6 +288,25 @@ class WindowGradients:
             g = (self._scale * ops.cast(row[: self.n_examples], self.dtype) - c) / unit
             total = total + ops.matmul(g, ops.transpose(g))
         return total
+
+
+def announcement(variables, size, dtype=None):
+    """A line for the user where a window would be large, else `None`; nothing is allocated.
+
+    Args:
+        variables: the weights.
+        size: W.
+        dtype: as in `GradientWindow`.
+    """
+    dtype, d = dtype or working_dtype(variables), vectors.size(variables)
+    nbytes = size * d * {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+    if nbytes <= _LARGE:
+        return None
+    smaller = "" if dtype == "bfloat16" else '; window_dtype="bfloat16" takes less'
+    return (
+        f"RGD(window={size}) stores {size:,} gradients of {d:,} weights in {dtype}: "
+        f"{nbytes / 2**30:,.1f} GiB{smaller}."
+    )
 
 
 def _groups(sizes):

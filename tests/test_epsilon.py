@@ -12,7 +12,7 @@ from rows import random_rows
 import keras_rgd
 from keras_rgd import DiffusionMatrix
 from keras_rgd import epsilon as rules
-from keras_rgd.epsilon import Fixed, Fraction, SpectralMeasure, WeakField
+from keras_rgd.epsilon import Fixed, Fraction, FractionOfMean, SpectralMeasure, WeakField
 from keras_rgd.metric import choose_epsilon
 
 
@@ -164,11 +164,98 @@ def test_a_schedule_is_followed_over_the_steps():
     assert received == pytest.approx([0.2, 0.4, 0.8], rel=1e-5)
 
 
+class Told(keras_rgd.epsilon.Rule):
+    """A rule of the user's own: `factor` / M_x, unchecked."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, spectrum, iteration):
+        return self.factor / spectrum.lambda_max
+
+    def get_config(self):
+        return {"factor": self.factor}
+
+
+@pytest.mark.parametrize(
+    "factor, least, cuts", [(0.5, 0.3, 0), (5.0, 0.6, 1), (-1.0, 0, 1), (float("nan"), 0, 1)]
+)
+@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+def test_what_a_rule_of_ones_own_returns_stays_below_the_bound(way, factor, least, cuts):
+    step, dense, optimizer = take(Told(factor), way)
+    assert least <= step.epsilon * dense.lambda_max < 1
+    assert (step.epsilon == 0) == (least == 0)
+    assert int(optimizer.epsilon_cuts) == cuts
+    assert reference.relative_error(step.direction, dense.direction(step.epsilon)) < 1e-5
+
+
+def test_what_a_rule_of_ones_own_returns_stays_below_the_bound_of_a_window():
+    for factor, cuts in [(0.5, 0), (5.0, 4), (-1.0, 4)]:
+        weights = [keras.Variable(np.zeros(6))]
+        optimizer = keras_rgd.RGD(1.0, Told(factor), window=3)
+        optimizer.build(weights)
+        rng, seen = np.random.default_rng(0), []
+        for t in range(5):
+            weights[0].assign(np.zeros(6))
+            seen.append(rng.normal(size=6))
+            optimizer.apply([tf.constant(seen[-1], "float32")], weights)
+            epsilon = float(optimizer.chosen_epsilon)
+            if t > 0:  # without a D there is nothing to be below
+                D = np.cov(np.array(seen[-3:]).T)
+                expected = seen[-1] - epsilon * D @ seen[-1]
+                assert reference.relative_error(-weights[0].numpy(), expected) < 1e-5
+                assert 0 <= epsilon * np.linalg.eigvalsh(D)[-1] < 1
+                assert (epsilon > 0) == (factor > 0)
+        # On the first step M_x is 0, and 1 / 0 is cut to 0.
+        assert int(optimizer.epsilon_cuts) == cuts + 1
+
+
+def test_a_rule_of_ones_own_is_cut_for_a_measured_D_as_well(gradients):
+    assert 0.99 < chosen(gradients, Told(5.0)) < 1
+    assert chosen(gradients, Told(-1.0)) == 0
+
+
+def test_a_fraction_near_1_is_not_cut():
+    assert bool(rules.choose(Fraction(0.9999), spectrum(2.0), 0)[1]) is False
+    assert float(rules.choose(Fraction(0.9999), spectrum(2.0), 0)[0]) == pytest.approx(0.49995)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e10])
+@pytest.mark.parametrize("source", ["window", "examples"])
+def test_a_fraction_of_the_mean_is_below_the_mean_of_the_batches_before(source, scale):
+    c, decay = 0.6, 0.9
+    case = BY_NAME["dense"]
+    rule = FractionOfMean(c, decay)
+    options = {"window": 3} if source == "window" else {"per_example": "vectorized_map"}
+    optimizer = keras_rgd.RGD(1e-3 / scale, rule, **options)
+    model = steps.build(case)
+    model.compile(optimizer, lambda y, p: scale * keras.losses.mean_squared_error(y, p))
+    rng, mean, held = np.random.default_rng(0), 0.0, 0
+    for _ in range(12):
+        x, y = rng.normal(size=(6, 5)), rng.normal(size=(6, 3)) * rng.choice([0.1, 1.0])
+        model.train_on_batch(x.astype("float32"), y.astype("float32"))
+        M = float(optimizer.lambda_max)
+        held += M < mean
+        if M > 0:
+            assert float(optimizer.chosen_epsilon) * max(M, mean) == pytest.approx(c, rel=1e-5)
+        mean = decay * mean + (1 - decay) * M if mean > 0 else M
+        assert float(optimizer.mean_lambda_max) == pytest.approx(mean, rel=1e-5)
+    assert held > 2  # the batch's own M_x would have given another eps
+
+
 # arguments and serialization
 
 
 SCHEDULE = keras.optimizers.schedules.CosineDecay(0.9, 100, alpha=0.1)
-RULES = [Fraction(0.3), Fraction(SCHEDULE), Fixed(2.5), Fixed(0), WeakField(0.01)]
+RULES = [
+    Fraction(0.3),
+    Fraction(SCHEDULE),
+    FractionOfMean(0.4, 0.9),
+    FractionOfMean(SCHEDULE),
+    Fixed(2.5),
+    Fixed(0),
+    WeakField(0.01),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -210,6 +297,12 @@ def test_what_is_no_rule_is_refused(epsilon):
 def test_fractions_outside_0_and_1_are_refused(c):
     with pytest.raises(ValueError, match="`c` must be .* Received: c="):
         Fraction(c)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, float("nan"), "x"])
+def test_decays_outside_0_and_1_are_refused(decay):
+    with pytest.raises(ValueError, match="`decay` must be .* Received: decay="):
+        FractionOfMean(0.5, decay)
 
 
 @pytest.mark.parametrize("value", [-1e-9, float("inf"), float("nan"), "x", None])

@@ -515,6 +515,20 @@ def test_the_neglected_terms_of_a_geodesic_are_all_that_there_is(network, exact)
     assert "gradient" not in terms.names and "imbalance" in terms.names
 
 
+@pytest.mark.parametrize("network", ["mlp"], indirect=True)
+def test_the_constants_are_those_of_the_flows_start_whichever_moments_it_reports(network):
+    results = []
+    for times in ([0.0, 0.5, 1.0], [0.5, 1.0]):
+        flow = geometry.geodesic_flow(*network.data, 1.0, network.epsilon, times=times)
+        results.append(geometry.neglected_terms(flow))
+    whole, late = results
+    assert whole.constants[0] > 1e-3
+    assert np.all(late.imbalance < 1e-8)
+    for name in whole.names:
+        expected = getattr(whole, name)[1:]
+        np.testing.assert_allclose(getattr(late, name), expected, rtol=1e-6, atol=1e-9)
+
+
 @on("mlp")
 def test_the_neglected_terms_along_rgd_are_those_of_dense_arrays(network):
     dense, epsilon = network.dense, network.epsilon

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 import time
 
 import cases
@@ -164,7 +166,34 @@ def test_with_rgd_the_rule_is_the_optimizers_and_the_steps_are_averaged():
     assert error == pytest.approx(0.02, rel=1e-3) or record.epsilon_lambda_max > 0.99
     assert record.weak_field_error_gradient == pytest.approx(error, rel=1e-3)
     assert len(seen) == 3
-    assert record.step_epsilon == pytest.approx(np.mean(seen), rel=1e-5)
+    geometric = np.exp(np.mean(np.log(seen)))
+    assert record.step_epsilon == pytest.approx(geometric, rel=1e-5)
+    assert np.mean(seen) > 1.001 * geometric
+    assert record.step_epsilon_lambda_max == pytest.approx(geometric * record.lambda_max, rel=1e-5)
+    assert record.steps_without_epsilon == 0
+
+
+def test_steps_are_averaged_over_their_own_epoch_and_those_without_an_epsilon_are_counted():
+    model = keras.Sequential([keras.Input((4,)), L.Dense(3)])
+    optimizer = keras_rgd.RGD(0.01, window=3)
+    model.compile(optimizer, "mse")
+    rng, seen = np.random.default_rng(0), []
+
+    class Spy(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            values = (optimizer.chosen_epsilon, optimizer.step_weak_field_error)
+            seen.append([float(v) for v in values])
+
+    x, y = rng.normal(size=(24, 4)), rng.normal(size=(24, 3))
+    monitor = DiffusionMonitor((x, y))
+    model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[Spy(), monitor])
+    # The window's first step has no D yet.
+    assert [r.steps_without_epsilon for r in monitor.records] == [1, 0, 0]
+    epochs = np.array(seen).reshape(3, 6, 2)
+    for record, (epsilons, errors) in zip(monitor.records, epochs.transpose(0, 2, 1), strict=True):
+        logs = np.log(epsilons[epsilons > 0])
+        assert record.step_epsilon == pytest.approx(np.exp(logs.mean()), rel=1e-5)
+        assert record.step_weak_field_error == pytest.approx(errors.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -195,7 +224,7 @@ def test_with_a_window_its_D_is_recorded_beside_the_measured_one(frozen):
     assert record.window_rank == 2
     assert record.step_lambda_max == float(optimizer.lambda_max)
     assert record.step_lambda_max >= np.linalg.norm(centred, 2) ** 2 * 0.999
-    assert record.step_epsilon == float(optimizer.chosen_epsilon)
+    assert record.step_epsilon > 0
 
 
 def test_without_a_window_its_fields_are_empty():
@@ -206,6 +235,7 @@ def test_without_a_window_its_fields_are_empty():
     assert record.window_rank is None
     assert math.isnan(record.window_cosine)
     assert math.isnan(record.step_lambda_max)
+    assert record.steps_without_epsilon is None
 
 
 def test_overlap_compares_the_top_eigenspaces_of_two_epochs():
@@ -249,6 +279,54 @@ def test_a_diverged_training_is_recorded_as_such():
     record = monitor.records[-1]
     assert np.all(np.isnan(record.eigenvalues)) and math.isnan(record.lambda_max)
     assert record.rank is None and "not finite" in record.rank_reason
+
+
+STRATEGY = """
+import dataclasses, numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, keras_rgd
+x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+y = np.arange(64) % 3
+
+def records(strategy, Model, make):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = Model([keras.Input((6,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(make(), loss, jit_compile=False)
+    monitor = keras_rgd.DiffusionMonitor((x, y), verbose=False)
+    model.fit(x, y, epochs=2, batch_size=16, shuffle=False, verbose=0, callbacks=[monitor])
+    if hasattr(model.optimizer, "lambda_max"):
+        assert float(model.optimizer.lambda_max) == monitor.records[-1].step_lambda_max > 0
+        assert 0 < float(model.optimizer.chosen_epsilon)
+        assert int(model.optimizer.epsilon_cuts) == int(model.optimizer.rounded_steps) == 0
+    return monitor.records
+
+window = (keras.Sequential, lambda: keras_rgd.RGD(0.1, window=4))
+plain = (keras.Sequential, lambda: keras.optimizers.SGD(0.1))
+examples = (keras_rgd.RGDSequential, lambda: keras_rgd.RGD(0.1))
+for devices, programs in ((1, (window, plain, examples)), (2, (window, plain))):
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)])
+    for program in programs:
+        one, many = (records(s, *program) for s in (tf.distribute.get_strategy(), strategy))
+        assert [r.step for r in many] == [4, 8]
+        for a, b in zip(one, many, strict=True):
+            for field in dataclasses.fields(a):
+                if field.type is float and field.name != "seconds":
+                    values = getattr(b, field.name), getattr(a, field.name)
+                    np.testing.assert_allclose(*values, rtol=1e-3, err_msg=field.name)
+            assert a.steps_without_epsilon == b.steps_without_epsilon
+        print("equal")
+"""
+
+
+def test_records_under_a_strategy_are_those_of_one_device():
+    result = subprocess.run(
+        [sys.executable, "-c", STRATEGY], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["equal"] * 5
 
 
 # the data

@@ -109,7 +109,7 @@ def test_its_variables_depend_on_weights_and_configuration_alone():
                 counts.add(len(optimizer.variables))
         plain = keras.optimizers.SGD()
         plain.build(weights)
-        assert counts == {len(plain.variables) + momenta + 4}
+        assert counts == {len(plain.variables) + momenta + 8}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,51 @@ def test_models_of_any_kind_step_along_the_direction_of_an_explicit_D(name):
             assert epsilon * np.linalg.norm(centred, 2) ** 2 < 1
 
 
+@pytest.mark.parametrize("known", ["rank", "nothing"])
+def test_gradients_of_unknown_static_shape_take_the_step_of_known_ones(known):
+    shapes = [(4, 3), (3,), (90, 100)]
+    rng = np.random.default_rng(0)
+    given = [[rng.normal(size=s).astype("float32") for s in shapes] for _ in range(4)]
+    results = []
+    for spec in (
+        [tf.TensorSpec(s) for s in shapes],
+        [tf.TensorSpec([None] * len(s) if known == "rank" else None) for s in shapes],
+    ):
+        weights = [keras.Variable(np.zeros(s)) for s in shapes]
+        optimizer = keras_rgd.RGD(1.0, window=3)
+        optimizer.build(weights)
+        apply = tf.function(lambda *g: optimizer.apply(g, weights), input_signature=spec)  # noqa: B023
+        for gradients in given:
+            apply(*gradients)
+        results.append(reference.flatten(weights))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
+
+
+def test_dense_over_a_time_axis_trains_where_the_batch_size_is_open():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 6, 5)).astype("float32"), rng.normal(size=(9, 1)).astype("float32")
+    model = keras.Sequential(
+        [
+            keras.Input((6, 5)),
+            keras.layers.Dense(4),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    optimizer = keras_rgd.RGD(0.1, window=3)
+    model.compile(optimizer, "mse")
+    seen = []
+    for _ in range(4):
+        seen.append(gradient(model, x, y))
+        before = reference.flatten(model.trainable_variables)
+        model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(9), shuffle=False, verbose=0)
+        step = (before - reference.flatten(model.trainable_variables)) / 0.1
+        V = np.array(seen[-3:])
+        centred = (V - V.mean(0)) / np.sqrt(max(len(V) - 1, 1))
+        expected = V[-1] - float(optimizer.chosen_epsilon) * (centred.T @ (centred @ V[-1]))
+        assert reference.relative_error(step, expected) < 1e-4
+
+
 def test_a_model_of_keras_applications_trains_as_it_is():
     model = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
     loss = keras.losses.SparseCategoricalCrossentropy()
@@ -125,6 +170,21 @@ def test_an_ordinary_model_is_told_of_the_window():
     model.compile(keras_rgd.RGD(0.1), "mse")
     with pytest.raises(ValueError, match=r"keras_rgd.RGD\(learning_rate, window=32\)"):
         model.fit(np.ones((2, 3)), np.ones((2, 1)), verbose=0)
+
+
+def test_a_tensorflow_dtype_is_taken_by_its_name():
+    optimizer = keras_rgd.RGD(window=4, window_dtype=tf.bfloat16)
+    optimizer.build([keras.Variable(np.zeros(3))])
+    assert optimizer.window_dtype == "bfloat16"
+    assert optimizer._window.rows[0].dtype == "bfloat16"
+
+
+def test_a_list_of_gradients_has_no_direction():
+    weights = [keras.Variable(np.zeros(3))]
+    optimizer = keras_rgd.RGD()
+    optimizer.build(weights)
+    with pytest.raises(ValueError, match=r"per_example_gradients\(model, x, y\).*Received: list"):
+        optimizer.direction([tf.ones(3)])
 
 
 def test_without_a_window_there_is_no_D_to_show():

@@ -79,15 +79,19 @@ def neglected_terms(flow, *, epsilon=None, nodes=5, verbose=True):
     gauss, weights = np.polynomial.legendre.leggauss(nodes)
     point, times = flow.equation.point, flow.times
     steps = flow.solution.ts
-    ends = np.unique(np.concatenate([times, steps[steps < times[-1]]]))
+    # From the flow's start, which need not be among the moments that it reports.
+    ends = np.unique(np.concatenate([times, steps[steps < times[-1]], steps[:1]]))
     integrals = {name: np.zeros(point.d) for name in _INTEGRALS}
-    rows, constants = [], None
+    rows = []
     with (
         point.visiting(),
         progress_bar("neglected terms", len(ends), verbose, after=SHOWN_AFTER) as advance,
     ):
-        point.move_to(flow.positions[0])
+        start = flow.solution(ends[0])
+        point.move_to(start[: point.d])
         field = flow.equation.epsilon if epsilon is None else EpsilonField(epsilon, point)
+        first = _Moment(flow.equation, field, start)
+        constants = first.left() - first.curvature()
         for i, t in enumerate(ends):
             begin, half = ends[max(i - 1, 0)], (t - ends[max(i - 1, 0)]) / 2
             # No step before the first moment.
@@ -97,8 +101,6 @@ def neglected_terms(flow, *, epsilon=None, nodes=5, verbose=True):
                     integrals[name] += half * weight * value
             if t in times:
                 moment = _Moment(flow.equation, field, flow.solution(t))
-                if constants is None:
-                    constants = moment.left() - moment.curvature()
                 rows.append(_norms(moment, integrals, constants))
             advance()
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}

@@ -99,6 +99,17 @@ def test_every_rule_meets_the_window(rule):
         assert int(optimizer.epsilon_cuts) == 19  # without a D there is nothing to cut
 
 
+def test_the_means_over_the_steps_are_kept_and_begun_anew():
+    optimizer, seen = keras_rgd.RGD(1.0, window=4), []
+    for _ in walk(optimizer, gradients(9), 4):
+        seen.append(float(optimizer.chosen_epsilon))
+    means = optimizer.step_means()
+    assert means.epsilon == pytest.approx(np.exp(np.log(seen[1:]).mean()), rel=1e-5)
+    assert (means.steps, means.steps_without_epsilon) == (9, 1)
+    optimizer.reset_step_means()
+    assert optimizer.step_means().steps == 0 and np.isnan(optimizer.step_means().epsilon)
+
+
 def test_the_first_step_is_plain_gradient_descent():
     given = list(gradients(2))
     (first, *_), (second, *_) = walk(keras_rgd.RGD(1.0, window=4), given, 4)
@@ -359,12 +370,31 @@ def test_a_large_window_is_announced(capsys):
     assert 'window_dtype="bfloat16"' in out
 
 
+def test_a_window_is_announced_before_it_takes_the_memory(capsys, monkeypatch):
+    def allocating(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("keras_rgd.optimizer.GradientWindow", allocating)
+    with pytest.raises(MemoryError):
+        keras_rgd.RGD(window=2**40).build(variables())
+    assert "RGD(window=1099511627776) stores 1,099,511,627,776" in capsys.readouterr().out
+
+
+def test_a_window_dtype_may_be_a_dtype_object():
+    optimizer = keras_rgd.RGD(1.0, window=3, window_dtype=np.dtype("float32"))
+    assert optimizer.get_config()["window_dtype"] == "float32"
+    optimizer.build(variables("bfloat16"))
+    assert {str(row.dtype) for row in optimizer._window.rows} == {"float32"}
+
+
 @pytest.mark.parametrize(
     "arguments, received",
     [
         ({"window": 1}, "window=1"),
         ({"window": 2.0}, "window=2.0"),
         ({"window": 8, "window_dtype": "float16"}, "window_dtype='float16'"),
+        ({"window": 8, "window_dtype": 3}, "window_dtype=3"),
+        ({"window": 8, "window_dtype": []}, "window_dtype=[]"),
         ({"window": 8, "batch_size": 0}, "batch_size=0"),
         ({"window": 8, "epsilon": Fixed(1.0)}, "batch_size=None"),
         ({"window": 8, "per_example": "layerwise"}, "per_example='layerwise'"),
