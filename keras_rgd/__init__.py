@@ -4,7 +4,7 @@ from keras_rgd import epsilon
 from keras_rgd.backends import ON_TENSORFLOW, needs_tensorflow
 from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.metric import DiffusionMetric
-from keras_rgd.optimizer import RGD
+from keras_rgd.optimizer import RGD, inner_rgd
 
 if ON_TENSORFLOW:
     # ruff: noqa: F401
@@ -20,7 +20,7 @@ if ON_TENSORFLOW:
 
 __version__ = "0.1.0"
 
-__all__ = ["RGD", "DiffusionMatrix", "DiffusionMetric", "epsilon"]
+__all__ = ["RGD", "DiffusionMatrix", "DiffusionMetric", "epsilon", "inner_rgd"]
 
 _ON_TENSORFLOW = [
     "DiffusionMonitor",

@@ -250,7 +250,3 @@ def _checksum(batch):
             content = b"\0".join(a.flat) if a.dtype == object else np.ascontiguousarray(a)
             value = zlib.crc32(content, value)
     return value
-
-
-def check_dense(x, y=None, sample_weight=None):
-    """Stand-in."""

@@ -91,7 +91,7 @@ class RGDMixin:
 
     def _prepared(self, data, spec):
         """What `train_step` above gets of a batch, and the specs of it, by its own preparation."""
-        batches.check_dense(*keras.utils.unpack_x_y_sample_weight(_given(data)))
+        _check_dense(data)
         if spec is None:
             spec = keras.tree.map_structure(_spec, data)
         mine = next(c for c in type(self).__mro__ if "train_step" in vars(c))
@@ -115,7 +115,7 @@ class RGDMixin:
         traced = function.get_concrete_function(spec)
         with per_example.unchanged(self):
             prepared = function(data)
-        batches.check_dense(*keras.utils.unpack_x_y_sample_weight(_given(prepared)))
+        _check_dense(prepared)
         return prepared, keras.tree.map_structure(_spec, traced.structured_outputs)
 
     def _choose_way(self, data, spec):
@@ -183,6 +183,11 @@ def _spec(leaf):
 def _given(data):
     """A batch with `None` for what is not in it."""
     return keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
+
+
+def _check_dense(data):
+    batch = keras.utils.unpack_x_y_sample_weight(_given(data))
+    batches.check_dense(*batch, what="RGD by the gradients of examples")
 
 
 def _tensor(leaf):

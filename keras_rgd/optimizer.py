@@ -247,16 +247,30 @@ class RGD(keras.optimizers.Optimizer):
                 "before the first step."
             )
         if self.microbatch_size is None:
-            step, top = step_of(gradients, self.lambda_max.value), []
+            step, slots, top = step_of(gradients, self.lambda_max.value), [], []
         else:
-            start = gradients.cast([t.value for t in self.top_directions])
-            step, top = iterated_step_of(gradients, start)
+            slots = self._slots_of(gradients.weights)
+            start = [
+                ops.zeros(w.shape, gradients.dtype) if slot is None else slot.value
+                for slot, w in zip(slots, gradients.weights, strict=True)
+            ]
+            step, top = iterated_step_of(gradients, gradients.cast(start))
         epsilon, cut = self._choose(step.spectrum)
         finite = self._values.record(step, epsilon, cut, self.epsilon.decay)
-        for variable, value in zip(self.top_directions, top, strict=True):
-            value = ops.cast(value, variable.dtype)
-            variable.assign(ops.where(finite, value, variable.value))
+        for variable, value in zip(slots, top, strict=True):
+            if variable is not None:
+                value = ops.cast(value, variable.dtype)
+                variable.assign(ops.where(finite, value, variable.value))
         return step.direction(epsilon)
+
+    def _slots_of(self, weights):
+        """The variable for each weight's part of the iteration; `None` for a weight it has not.
+
+        Fewer weights may be trained than the optimizer was built for; of one more Keras says so.
+        """
+        slots = zip(self._trainable_variables, self.top_directions, strict=True)
+        of = {id(variable.value): slot for variable, slot in slots}
+        return [of.get(id(w)) for w in weights]
 
     def _choose(self, spectrum):
         """Eps by the rule, which is told of the steps before, and whether it was cut."""
