@@ -11,7 +11,7 @@ import typing
 import tensorflow as tf
 
 from keras_rgd.per_example import single_operation
-from keras_rgd.per_example.places import Place, agreed
+from keras_rgd.per_example.places import Place, UnknownError, agreed
 
 
 class Cause(typing.NamedTuple):
@@ -45,7 +45,7 @@ class Found(typing.NamedTuple):
     statistic: Cause | None = None
 
 
-# What a rule returns where the examples of an output lie along no axis.
+# Instead of a place, where the examples of an output lie along no axis.
 LOST = "lost"
 
 _HAVE_GRADIENTS = (tf.variant, tf.resource)
@@ -148,27 +148,34 @@ class Follower:
             if not follows:
                 places = [self._guess(t) for t in op.outputs]
             return [Found(place, follows, None, statistic) for place in places]
-        rule = self._rules.get(op.type)
-        places = None if rule is None else rule(self, op, inputs)
-        if places is None and follows:
+        places, known = self._ruled(op, inputs)
+        if not known and follows:
             places = self._tried(op, inputs)
-        if places is None:
+        if not known and not follows:
             # Of data alone: a constant of the gradient, so that any place is right.
             places = [self._guess(t) or LOST for t in op.outputs]
-            if rule is not None or op.type in single_operation.NEVER:
-                statistic = statistic or _cause(op)
+            if op.type in self._rules or op.type in single_operation.NEVER:
+                statistic = statistic or Cause(op, op.type, known=False)
         if not isinstance(places, list):
             places = [places] * len(op.outputs)
-        pairs = zip(places, op.outputs, strict=True)
-        return [self._placed(op, t, place, follows, statistic) for place, t in pairs]
+        cause, outputs = Cause(op, op.type, known), []
+        for place, t in zip(places, op.outputs, strict=True):
+            if place is not LOST:
+                outputs.append(Found(place, follows, None, statistic))
+            elif follows:
+                outputs.append(Found(None, True, cause, statistic or cause))
+            else:
+                outputs.append(Found(self._guess(t), False, None, statistic or cause))
+        return outputs
 
-    def _placed(self, op, tensor, place, follows, statistic):
-        if place is not LOST:
-            return Found(place, follows, None, statistic)
-        cause = Cause(op, op.type, known=op.type in self._rules)
-        if follows:
-            return Found(None, True, cause, statistic or cause)
-        return Found(self._guess(tensor), False, None, statistic or cause)
+    def _ruled(self, op, inputs):
+        """Where an operation leaves the examples by its rule, and whether that is known."""
+        if op.type not in self._rules:
+            return LOST, False
+        try:
+            return self._rules[op.type](self, op, inputs), True
+        except UnknownError:
+            return LOST, False
 
     def _guess(self, tensor):
         """Axis 0 of data that may have one entry an example there, else `None`."""

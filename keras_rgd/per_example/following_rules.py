@@ -2,13 +2,14 @@
 
 A rule takes the `Follower`, the operation and a `Found` or `None` for each input, and returns the
 place of the examples in the outputs: one `Place` for all, or a list; LOST where the operation
-reduces, permutes, slices or contracts along the examples; `None` where it does not know.
+reduces, permutes, slices or contracts along the examples. It raises `UnknownError` where sizes or
+indices that it would need are not known.
 """
 
 import numpy as np
 
 from keras_rgd.per_example.following import LOST
-from keras_rgd.per_example.places import agreed, reshaped
+from keras_rgd.per_example.places import UnknownError, agreed, reshaped
 
 _ELEMENTWISE = """
 Abs Acos Acosh Add AddN AddV2 Angle ApproximateEqual Asin Asinh Atan Atan2 Atanh Betainc BitwiseAnd
@@ -60,6 +61,12 @@ def _rule(*names):
     return register
 
 
+def _given(*values):
+    """Raise `UnknownError` unless all values are known."""
+    if any(value is None for value in values):
+        raise UnknownError
+
+
 def _placed(inputs):
     return [i for i, found in enumerate(inputs) if found is not None and found.place is not None]
 
@@ -88,11 +95,12 @@ def _elementwise(follower, op, inputs):
     places = []
     for i in _placed(inputs):
         found, shape = inputs[i], op.inputs[i].shape
-        if rank is None or shape.rank is None:
-            places.append((found.place if len(inputs) == 1 else None, found.follows))
-        else:
+        if len(inputs) > 1:
+            _given(rank, shape.rank)
             moved = found.place._replace(axis=found.place.axis + rank - shape.rank)
             places.append((moved, found.follows))
+        else:
+            places.append((found.place, found.follows))
     return _joined(places)
 
 
@@ -114,17 +122,14 @@ def _table(follower, op, inputs):
 
 def _axes(follower, tensor, rank):
     value = follower.value(tensor)
-    if value is None or rank is None:
-        return None
+    _given(value, rank)
     return {int(axis) % rank for axis in np.reshape(value, -1)} if rank else set()
 
 
 @_rule(*_REDUCTIONS)
 def _reduction(follower, op, inputs):
     place, axes = _only(inputs, 0), _axes(follower, op.inputs[1], op.inputs[0].shape.rank)
-    if place is LOST or axes is None:
-        return LOST
-    if place.axis in axes:
+    if place is LOST or place.axis in axes:
         return LOST
     if op.type not in ("ArgMax", "ArgMin") and op.get_attr("keep_dims"):
         return place
@@ -134,16 +139,18 @@ def _reduction(follower, op, inputs):
 @_rule("Reshape", "ExpandDims", "Squeeze")
 def _reshape(follower, op, inputs):
     place, before, after = _only(inputs, 0), op.inputs[0].shape, op.outputs[0].shape
-    if place is LOST or before.rank is None or after.rank is None:
+    if place is LOST:
         return LOST
+    _given(before.rank, after.rank)
     return reshaped(place, before.as_list(), after.as_list(), follower.n) or LOST
 
 
 @_rule("Transpose", "ConjugateTranspose")
 def _transpose(follower, op, inputs):
     place, order = _only(inputs, 0), follower.value(op.inputs[1])
-    if place is LOST or order is None:
+    if place is LOST:
         return LOST
+    _given(order)
     return place._replace(axis=[int(a) for a in order].index(place.axis))
 
 
@@ -166,8 +173,7 @@ def _matmul(follower, op, inputs):
 @_rule("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
 def _batch_matmul(follower, op, inputs):
     ranks = [t.shape.rank for t in op.inputs]
-    if None in ranks:
-        return LOST
+    _given(*ranks)
     flips = [op.get_attr("adj_x"), op.get_attr("adj_y")]
     return _contracted(inputs, *_matrix_labels(op, ranks, flips))
 
@@ -177,8 +183,7 @@ def _einsum(follower, op, inputs):
     terms, out = op.get_attr("equation").decode().replace(" ", "").split("->")
     terms = terms.split(",")
     ranks = [t.shape.rank for t in op.inputs]
-    if None in ranks:
-        return LOST
+    _given(*ranks)
     # As many labels as the longest ellipsis has axes, counted from the right.
     longest = max(r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True))
 
@@ -238,16 +243,20 @@ def _batch_normalization(follower, op, inputs):
 @_rule("MatrixSolve", "MatrixTriangularSolve", "BandedTriangularSolve")
 def _solved(follower, op, inputs):
     place, rank = _elementwise(follower, op, inputs), op.outputs[0].shape.rank
-    return LOST if place is LOST or rank is None or place.axis >= rank - 2 else place
+    if place is LOST:
+        return LOST
+    _given(rank)
+    return LOST if place.axis >= rank - 2 else place
 
 
 @_rule(*_LAST)
 def _last_axes(follower, op, inputs):
     place = _all_joined(inputs)
     rank = op.inputs[0].shape.rank
-    if place is LOST or rank is None or place.axis >= rank - _LAST[op.type]:
+    if place is LOST:
         return LOST
-    return place
+    _given(rank)
+    return LOST if place.axis >= rank - _LAST[op.type] else place
 
 
 @_rule("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")
@@ -265,8 +274,7 @@ def _all(follower, op, inputs):
 def _gather(follower, op, inputs):
     axis = follower.value(op.inputs[2])
     ranks = [t.shape.rank for t in op.inputs[:2]]
-    if axis is None or None in ranks:
-        return LOST
+    _given(axis, *ranks)
     batch = op.get_attr("batch_dims")
     batch, axis = batch % (ranks[1] + 1), int(axis) % ranks[0]
     places = []
@@ -290,14 +298,18 @@ def _resource_gather(follower, op, inputs):
 @_rule("GatherNd", "ResourceGatherNd")
 def _gather_nd(follower, op, inputs):
     place, rank = _only(inputs, 1), op.inputs[1].shape.rank
-    return LOST if place is LOST or rank is None or place.axis == rank - 1 else place
+    if place is LOST:
+        return LOST
+    _given(rank)
+    return LOST if place.axis == rank - 1 else place
 
 
 @_rule("OneHot")
 def _one_hot(follower, op, inputs):
     place, rank = _only(inputs, 0), op.outputs[0].shape.rank
-    if place is LOST or rank is None:
+    if place is LOST:
         return LOST
+    _given(rank)
     axis = op.get_attr("axis") % rank
     return place._replace(axis=place.axis + (axis <= place.axis))
 
@@ -306,8 +318,7 @@ def _one_hot(follower, op, inputs):
 def _concat(follower, op, inputs):
     which = len(inputs) - 1 if op.type == "ConcatV2" else 0
     axis, rank = follower.value(op.inputs[which]), op.outputs[0].shape.rank
-    if axis is None or rank is None:
-        return LOST
+    _given(axis, rank)
     axis = int(axis) % rank
     tensors = [(t, f) for i, (t, f) in enumerate(zip(op.inputs, inputs, strict=True)) if i != which]
     place = _joined([(f.place, f.follows) for _, f in tensors if f is not None and f.place])
@@ -327,8 +338,9 @@ def _concat(follower, op, inputs):
 def _pack(follower, op, inputs):
     place = _all_joined(inputs)
     rank = op.outputs[0].shape.rank
-    if place is LOST or rank is None:
+    if place is LOST:
         return LOST
+    _given(rank)
     axis = op.get_attr("axis") % rank
     return place._replace(axis=place.axis + (axis <= place.axis))
 
@@ -336,8 +348,9 @@ def _pack(follower, op, inputs):
 @_rule("Unpack")
 def _unpack(follower, op, inputs):
     place, rank = _only(inputs, 0), op.inputs[0].shape.rank
-    if place is LOST or rank is None:
+    if place is LOST:
         return LOST
+    _given(rank)
     axis = op.get_attr("axis") % rank
     return LOST if axis == place.axis else place._replace(axis=place.axis - (axis < place.axis))
 
@@ -347,15 +360,17 @@ def _split(follower, op, inputs):
     which, dimension = (1, 0) if op.type == "Split" else (0, 2)
     place, axis = _only(inputs, which), follower.value(op.inputs[dimension])
     rank = op.inputs[which].shape.rank
-    if place is LOST or axis is None or rank is None:
+    if place is LOST:
         return LOST
+    _given(axis, rank)
     if int(axis) % rank != place.axis:
         return place
     start, places = 0, []
     for t in op.outputs:
         length = t.shape[place.axis]
-        places.append(LOST if length is None else _part(place, start, length, follower.n))
-        start += length or 0
+        _given(length)
+        places.append(_part(place, start, length, follower.n))
+        start += length
     return places
 
 
@@ -371,13 +386,14 @@ def _part(place, start, length, n):
 def _slice(follower, op, inputs):
     place, begin = _only(inputs, 0), follower.value(op.inputs[1])
     before, after = op.inputs[0].shape, op.outputs[0].shape
-    if place is LOST or after.rank is None:
+    if place is LOST:
         return LOST
+    _given(after.rank)
     length = after[place.axis]
-    if before[place.axis] is not None and length == before[place.axis]:
+    _given(length)
+    if length == before[place.axis]:
         return place
-    if length is None or begin is None:
-        return LOST
+    _given(begin)
     return _part(place, int(begin[place.axis]), length, follower.n)
 
 
@@ -385,8 +401,9 @@ def _slice(follower, op, inputs):
 def _strided_slice(follower, op, inputs):
     place, shape = _only(inputs, 0), op.inputs[0].shape
     begin, end, strides = (follower.value(t) for t in op.inputs[1:])
-    if place is LOST or shape.rank is None or strides is None:
+    if place is LOST:
         return LOST
+    _given(shape.rank, strides)
     masks = {
         name: int(op.get_attr(f"{name}_mask"))
         for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
@@ -419,8 +436,7 @@ def _range_of(place, length, begin, end, strides, masks, i, n, out):
         return LOST
     if masks["begin"] & bit and masks["end"] & bit:
         return place._replace(axis=out)
-    if begin is None or end is None or length is None:
-        return LOST
+    _given(begin, end, length)
     start = None if masks["begin"] & bit else int(begin[i])
     stop = None if masks["end"] & bit else int(end[i])
     start, stop, _ = slice(start, stop, 1).indices(length)
@@ -431,24 +447,27 @@ def _range_of(place, length, begin, end, strides, masks, i, n, out):
 @_rule("Pad", "PadV2", "MirrorPad")
 def _pad(follower, op, inputs):
     place, pads = _only(inputs, 0), follower.value(op.inputs[1])
-    if place is LOST or pads is None:
+    if place is LOST:
         return LOST
+    _given(pads)
     return LOST if np.any(pads[place.axis]) else place
 
 
 @_rule("Tile")
 def _tile(follower, op, inputs):
     place, multiples = _only(inputs, 0), follower.value(op.inputs[1])
-    if place is LOST or multiples is None:
+    if place is LOST:
         return LOST
+    _given(multiples)
     return place._replace(outer=place.outer * int(multiples[place.axis]))
 
 
 @_rule("BroadcastTo")
 def _broadcast(follower, op, inputs):
     place, ranks = _only(inputs, 0), (op.inputs[0].shape.rank, op.outputs[0].shape.rank)
-    if place is LOST or None in ranks:
+    if place is LOST:
         return LOST
+    _given(*ranks)
     return place._replace(axis=place.axis + ranks[1] - ranks[0])
 
 
@@ -456,7 +475,7 @@ def _broadcast(follower, op, inputs):
 def _along(follower, op, inputs):
     place, which = _only(inputs, 0), 2 if op.type == "Roll" else 1
     axes = _axes(follower, op.inputs[which], op.inputs[0].shape.rank)
-    return LOST if place is LOST or axes is None or place.axis in axes else place
+    return LOST if place is LOST or place.axis in axes else place
 
 
 @_rule("ReverseSequence")
@@ -468,8 +487,9 @@ def _reverse_sequence(follower, op, inputs):
 @_rule("SpaceToBatchND", "BatchToSpaceND")
 def _blocks(follower, op, inputs):
     place, block = _only(inputs, 0), follower.value(op.inputs[1])
-    if place is LOST or block is None or place.axis != 0:
+    if place is LOST or place.axis != 0:
         return LOST
+    _given(block)
     size = int(np.prod(block))
     if op.type == "SpaceToBatchND":
         return place._replace(outer=place.outer * size)

@@ -1,8 +1,13 @@
 """Where the examples of a batch lie in a tensor."""
 
+import math
 import typing
 
 import numpy as np
+
+
+class UnknownError(Exception):
+    """What is known of a graph does not tell where the examples lie."""
 
 
 class Place(typing.NamedTuple):
@@ -39,11 +44,15 @@ def reshaped(place, before, after, n):
         before: the shape before, a list.
         after: the shape after, a list.
         n: N.
+
+    Raises:
+        UnknownError: sizes are open, and it depends on them.
     """
     if None in before or None in after:
-        # Axis 0 alone stays where it is if all after it is as it was.
-        same = place == Place(0) and before[1:] == after[1:] and None not in after[1:]
-        return place if same else None
+        rest = before[1:], after[1:]
+        if place != Place(0) or None in rest[0] or None in rest[1]:
+            raise UnknownError
+        return place if math.prod(rest[0]) == math.prod(rest[1]) else None
     stride = int(np.prod(before[place.axis + 1 :], dtype=np.int64)) * place.inner
     for axis, length in enumerate(after):
         step = int(np.prod(after[axis + 1 :], dtype=np.int64))
