@@ -193,8 +193,7 @@ class Follower:
 
     @staticmethod
     def _function(op, name):
-        function = op.graph._get_function(op.get_attr(name).name)
-        return None if function is None else function.graph
+        return _graph_of(op, op.get_attr(name).name)
 
     def _called(self, op, graph, inputs, tensors):
         """The outputs of a function that an operation calls.
@@ -220,7 +219,7 @@ class Follower:
         if op.type in ("If", "StatelessIf"):
             graphs = [self._function(op, name) for name in ("then_branch", "else_branch")]
         else:
-            graphs = [op.graph._get_function(f.name).graph for f in op.get_attr("branches")]
+            graphs = [_graph_of(op, f.name) for f in op.get_attr("branches")]
         decides, arguments = inputs[0], inputs[1:]
         outputs = [self._called(op, graph, arguments, op.inputs[1:]) for graph in graphs]
         joined = [self._joined(op, found) for found in zip(*outputs, strict=True)]
@@ -228,6 +227,8 @@ class Follower:
 
     def _looped(self, op, inputs):
         body, condition = self._function(op, "body"), self._function(op, "cond")
+        if body is None or condition is None:
+            return self._called(op, None, inputs, op.inputs)
         now = list(inputs)
         # What the loop hands on as it is has its value inside too.
         pairs = zip(op.inputs, body.inputs, body.outputs, strict=True)
@@ -299,6 +300,12 @@ class Follower:
         return outputs
 
 
+def _graph_of(op, name):
+    """The graph of a function that an operation names; `None` where it cannot be seen."""
+    # Functions that were not traced, as those of TensorFlow's CTC loss, have none.
+    return getattr(op.graph._get_function(name), "graph", None)
+
+
 def _cause(op):
     return Cause(op, op.type)
 
@@ -312,12 +319,13 @@ def _named(found, op):
 
 
 def _as_dtype(found, tensor):
-    """An output as its dtype has it: integers have no gradient."""
+    """An output as its dtype has it: integers have no gradient, and may be sizes alone."""
     if found is None or tensor.dtype.is_floating or tensor.dtype.is_complex:
         return found
-    if tensor.dtype in _HAVE_GRADIENTS or not found.follows:
+    if tensor.dtype in _HAVE_GRADIENTS:
         return found
-    return Found(found.place, False, None, found.statistic or found.mixed)
+    statistic = found.statistic or found.mixed
+    return Found(found.place, False, None, statistic and statistic._replace(known=False))
 
 
 def _has_gradient_of_its_own(op):
