@@ -13,8 +13,8 @@ import scipy.linalg
 import scipy.sparse.linalg
 from keras import ops
 
-from keras_rgd import bounds, vectors
-from keras_rgd.bounds import machine_epsilon
+from keras_rgd import arguments, bounds, rounding, vectors
+from keras_rgd.rounding import machine_epsilon
 
 # Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
 # docs/epsilon.md.
@@ -32,9 +32,6 @@ _GROWTH = 0.05
 
 # Where products are passes over a whole data set, the estimate stands with so small a residual.
 _SETTLED = 0.1
-
-# What is rounding, in the last digits of the gradients.
-_NOISE = 32
 
 # Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
 LARGEST_RELATIVE_CUT = 0.05
@@ -279,10 +276,11 @@ class DiffusionMatrix:
             A list of tensors of shape (k, *weight shape).
         """
         eigenvalues, examples, _ = self._spectral()
-        if not 0 < k <= np.count_nonzero(eigenvalues > 0):
+        positive = np.count_nonzero(eigenvalues > 0)
+        if not arguments.is_count(k) or k > positive:
             raise ValueError(
-                "`k` must be between 1 and the number of positive eigenvalues, "
-                f"{np.count_nonzero(eigenvalues > 0)}. Received: k={k}"
+                "`k` must be an integer between 1 and the number of positive eigenvalues, "
+                f"{positive}. Received: k={k!r}"
             )
         weights = examples[:, :k].T / np.sqrt(self.n_examples * eigenvalues[:k, None])
         return self.gradients.combine_many(ops.cast(weights, self.gradients.dtype))
@@ -368,7 +366,7 @@ class DiffusionMatrix:
             if not np.all(np.isfinite(k)):
                 raise NotFiniteError(NOT_FINITE)
             # Gradients that differ by rounding alone have no variance.
-            noise = _NOISE * machine_epsilon(self.gradients.dtype) * float(vectors.norm(mean))
+            noise = rounding.noise(float(vectors.norm(mean)), self.gradients.dtype)
             k *= self.n_examples * np.max(np.diag(k)) > noise**2
             # Centred again in float64: (1, ..., 1) is an exact null vector, so rank <= N - 1.
             k -= k.mean(0, keepdims=True)
@@ -411,6 +409,6 @@ def _above_noise(centred, largest):
         centred: k less its mean, shape (N,).
         largest: the largest |k|.
     """
-    noise = _NOISE * machine_epsilon(centred.dtype) * largest
+    noise = rounding.noise(largest, centred.dtype)
     real = ops.max(ops.abs(centred)) > noise
     return ops.where(real, centred, ops.zeros_like(centred)), noise
