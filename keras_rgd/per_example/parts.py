@@ -60,6 +60,7 @@ class Parts:
     ):
         self._weights, self._tape, self._n_examples = weights, tape, n_examples
         self._inner, self._compiled, self._one_by_one = dtype, compiled, one_by_one
+        self._joined_rows = {}  # of weights with several uses, by index
         self._uses = _merged([(use, self._form(use, gradient, counted)) for use, gradient in found])
         self.work = sum(form.work for _, form in self._uses)
         self.gram_work = self.row_entries = 0
