@@ -4,11 +4,10 @@ XLA's eigensolver does not belong in a compiled step: on a CPU it takes 1.5 s at
 three squarings take milliseconds.
 """
 
-import keras
-import numpy as np
 from keras import ops
 
 from keras_rgd import vectors
+from keras_rgd.rounding import machine_epsilon
 
 # In a step, where each costs 2 N^3 operations.
 _SQUARINGS = 3
@@ -246,8 +245,3 @@ def _tridiagonal(diagonal, off_diagonal):
     off = ops.stack([*off_diagonal, ops.zeros_like(diagonal[0])])
     off = ops.eye(m, k=-1, dtype=dtype) * off
     return ops.eye(m, dtype=dtype) * ops.stack(diagonal) + off + ops.transpose(off)
-
-
-def machine_epsilon(dtype):
-    """Distance from 1 to the next larger number of a floating dtype."""
-    return float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)

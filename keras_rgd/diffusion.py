@@ -13,8 +13,8 @@ import scipy.linalg
 import scipy.sparse.linalg
 from keras import ops
 
-from keras_rgd import bounds, vectors
-from keras_rgd.bounds import machine_epsilon
+from keras_rgd import arguments, bounds, rounding, vectors
+from keras_rgd.rounding import machine_epsilon
 
 # Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
 # docs/epsilon.md.
@@ -32,9 +32,6 @@ _GROWTH = 0.05
 
 # Where products are passes over a whole data set, the estimate stands with so small a residual.
 _SETTLED = 0.1
-
-# What is rounding, in the last digits of the gradients.
-_NOISE = 32
 
 # Above this the reference's cut lambda_max * d * eps32 is a sizeable part of lambda_max itself.
 LARGEST_RELATIVE_CUT = 0.05
@@ -207,7 +204,7 @@ class DiffusionMatrix:
 
     def _images_in_one_pass(self, v, q, unit):
         """D v as an `Image`, and D q in the unit `unit`**2, for v and q of norm 1 or 0."""
-        n = ops.cast(self.n_examples, unit.dtype)
+        n = ops.maximum(ops.cast(self.n_examples, unit.dtype), 1)
         mean = self.gradients.mean()
         stacked = [ops.stack(pair) / unit for pair in zip(v, q, strict=True)]
         shift = ops.stack([vectors.inner(mean, v), vectors.inner(mean, q)]) / unit
@@ -215,8 +212,8 @@ class DiffusionMatrix:
         products, sizes = [], []
         for j in range(2):
             # What the shift left of the mean by rounding.
-            left = ops.mean(factors[j])
-            largest = ops.abs(shift[j]) + ops.max(ops.abs(factors[j]))
+            left = ops.sum(factors[j]) / n
+            largest = ops.abs(shift[j]) + _largest(factors[j])
             centred, _ = _above_noise(factors[j] - left, largest)
             size = vectors.norm([centred]) / ops.sqrt(n)
             product = vectors.add([t[j] / n for t in pulled], mean, -left)
@@ -234,7 +231,7 @@ class DiffusionMatrix:
     def _dot(self, v):
         """H G v / sqrt(N), and how long the rounding in it may be."""
         k = self.gradients.dot(v)
-        centred, noise = _above_noise(k - ops.mean(k), ops.max(ops.abs(k)))
+        centred, noise = _above_noise(k - ops.mean(k), _largest(k))
         return centred / self._root_n, noise
 
     def _combine(self, u):
@@ -244,7 +241,8 @@ class DiffusionMatrix:
 
     @property
     def _root_n(self):
-        return ops.sqrt(ops.cast(self.n_examples, self.gradients.dtype))
+        # A batch without examples has D = 0.
+        return ops.sqrt(ops.maximum(ops.cast(self.n_examples, self.gradients.dtype), 1))
 
     def _centered_gram(self, unit, mean):
         """K in the unit unit**2, from gradients with their mean taken off before the products."""
@@ -279,10 +277,11 @@ class DiffusionMatrix:
             A list of tensors of shape (k, *weight shape).
         """
         eigenvalues, examples, _ = self._spectral()
-        if not 0 < k <= np.count_nonzero(eigenvalues > 0):
+        positive = np.count_nonzero(eigenvalues > 0)
+        if not arguments.is_count(k) or k > positive:
             raise ValueError(
-                "`k` must be between 1 and the number of positive eigenvalues, "
-                f"{np.count_nonzero(eigenvalues > 0)}. Received: k={k}"
+                "`k` must be an integer between 1 and the number of positive eigenvalues, "
+                f"{positive}. Received: k={k!r}"
             )
         weights = examples[:, :k].T / np.sqrt(self.n_examples * eigenvalues[:k, None])
         return self.gradients.combine_many(ops.cast(weights, self.gradients.dtype))
@@ -368,7 +367,7 @@ class DiffusionMatrix:
             if not np.all(np.isfinite(k)):
                 raise NotFiniteError(NOT_FINITE)
             # Gradients that differ by rounding alone have no variance.
-            noise = _NOISE * machine_epsilon(self.gradients.dtype) * float(vectors.norm(mean))
+            noise = rounding.noise(float(vectors.norm(mean)), self.gradients.dtype)
             k *= self.n_examples * np.max(np.diag(k)) > noise**2
             # Centred again in float64: (1, ..., 1) is an exact null vector, so rank <= N - 1.
             k -= k.mean(0, keepdims=True)
@@ -382,24 +381,17 @@ class DiffusionMatrix:
 
     def vector(self, v):
         """V as a list of tensors shaped as the weights, checked."""
-        expected = [tuple(w.shape) for w in self.gradients.weights]
-        if not isinstance(v, list | tuple):
-            raise ValueError(
-                "A vector in weight space is a list of tensors shaped as the trainable weights, "
-                f"{expected}; for flat vectors use linear_operator(). Received: {type(v).__name__}"
-            )
-        shapes = [tuple(np.shape(x)) for x in v]
-        if shapes != expected:
-            raise ValueError(
-                "A vector in weight space is a list of tensors shaped as the trainable weights, "
-                f"{expected}. Received: shapes {shapes}"
-            )
-        return self.gradients.cast(v)
+        return self.gradients.cast(vectors.checked(v, self.gradients.weights))
 
 
 def in_float64(tensor):
     """A tensor as a numpy array of float64."""
     return ops.convert_to_numpy(tensor).astype(np.float64)
+
+
+def _largest(k):
+    # The 0 is for a batch without examples.
+    return ops.max(ops.abs(k), initial=0)
 
 
 def _above_noise(centred, largest):
@@ -411,6 +403,6 @@ def _above_noise(centred, largest):
         centred: k less its mean, shape (N,).
         largest: the largest |k|.
     """
-    noise = _NOISE * machine_epsilon(centred.dtype) * largest
-    real = ops.max(ops.abs(centred)) > noise
+    noise = rounding.noise(largest, centred.dtype)
+    real = _largest(centred) > noise
     return ops.where(real, centred, ops.zeros_like(centred)), noise

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import vectors
+from keras_rgd.diffusion import DiffusionMatrix
 from keras_rgd.epsilon import SpectralMeasure
 
 
@@ -21,10 +22,17 @@ class DiffusionMetric:
             applied to D along the batch's gradient.
 
     Raises:
-        ValueError: eps * lambda_max is not in [0, 1).
+        ValueError: eps * lambda_max is not in [0, 1), or the first argument is no
+            `DiffusionMatrix`.
     """
 
     def __init__(self, diffusion_matrix, epsilon):
+        if not isinstance(diffusion_matrix, DiffusionMatrix):
+            raise ValueError(
+                "`diffusion_matrix` must be a DiffusionMatrix, as keras_rgd.diffusion_matrix("
+                "model, x, y) returns it. Received: diffusion_matrix of type "
+                f"{type(diffusion_matrix).__name__}"
+            )
         self.diffusion_matrix = diffusion_matrix
         if isinstance(epsilon, epsilon_rules.Rule):
             gradient = diffusion_matrix.gradients.gradient

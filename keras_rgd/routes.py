@@ -15,7 +15,7 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from keras_rgd import per_example as ways
-from keras_rgd import vectors
+from keras_rgd import rounding, vectors
 from keras_rgd.diffusion import NOT_FINITE, NotFiniteError
 from keras_rgd.measurement import as_batch
 from keras_rgd.progress import progress_bar
@@ -239,7 +239,7 @@ def iterative(passes, k, seed):
     _, mean = passes.means
     trace = passes.trace()
     # Of equal gradients rounding alone is left.
-    if trace <= 16 * np.finfo(passes.dtype).eps ** 2 * (mean @ mean):
+    if np.sqrt(trace) <= rounding.noise(np.linalg.norm(mean), passes.dtype):
         return Eigenvalues(np.zeros(k), np.zeros(k), trace)
 
     def matvec(x):

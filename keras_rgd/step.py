@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_rgd import bounds, vectors
+from keras_rgd import bounds, rounding, vectors
 from keras_rgd.diffusion import ESTIMATE_MARGIN, DiffusionMatrix
 from keras_rgd.epsilon import GramSpectrum, SpectralMeasure
 
@@ -42,20 +42,27 @@ class GramStep:
 
     Attributes:
         spectrum: for a rule of `keras_rgd.epsilon`.
+        lost_digits: whether D was taken as 0 because the gradients of several examples differ by
+            no more than rounding, a bool scalar tensor.
     """
 
     def __init__(self, gradients):
         self._gradients = gradients
         space = gradients.example_space()
-        n = ops.cast(gradients.n_examples, space.gram.dtype)
-        noise = space.largest * bounds.machine_epsilon(space.gram.dtype)
+        dtype = space.gram.dtype
+        n = ops.cast(gradients.n_examples, dtype)
         k = space.gram - ops.mean(space.gram, 0, keepdims=True)
-        k = (k - ops.mean(k, 1, keepdims=True)) / n
-        # What is rounding alone is no variance: equal gradients differ by that.
-        real = ops.cast(ops.trace(k) > 8 * noise, k.dtype)
-        self._centred = real * (space.products - ops.mean(space.products))
+        k = k - ops.mean(k, 1, keepdims=True)
+        known = (space.largest, dtype, space.centred)
+        differ = rounding.is_real(ops.max(ops.diagonal(k)), *known)
+        self.lost_digits = _lost(gradients, space.square, differ)
+        real, k = ops.cast(differ, dtype), k / n
+        error = rounding.error(ops.trace(k), *known)
+        centred = space.products - ops.mean(space.products)
+        # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
+        self._centred = real * (centred - ops.mean(centred))
         self.spectrum = GramSpectrum(
-            lambda_max=real * (bounds.trace_power_bound(k) + noise),
+            lambda_max=real * (bounds.trace_power_bound(k) + error),
             unit=space.unit,
             gram=real * k,
             products=self._centred / ops.sqrt(n),
@@ -77,10 +84,12 @@ class MatvecStep:
 
     Attributes:
         spectrum: for a rule of `keras_rgd.epsilon`.
+        lost_digits: whether D v was taken as 0, as in `GramStep`.
     """
 
     def __init__(self, gradients, image, lambda_max):
         self._gradients, self._image = gradients, image
+        self.lost_digits = _lost(gradients, image.norm, image.size > 0)
         unit = image.unit
         mass = ops.square(image.size / unit)
         nodes, weights = bounds.moments_measure(
@@ -96,3 +105,9 @@ class MatvecStep:
         # eps D v, each factor in units of the gradient: no product of them leaves the dtype.
         length = epsilon * (image.size / image.unit) * (image.alpha / image.unit) * image.norm
         return vectors.add(self._gradients.gradient, image.direction, -length)
+
+
+def _lost(gradients, size, differ):
+    """Whether what differed by no more than rounding were gradients of several examples."""
+    several = ops.convert_to_tensor(gradients.n_examples) > 1
+    return ops.logical_and(ops.logical_and(several, size > 0), ops.logical_not(differ))

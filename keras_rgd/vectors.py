@@ -54,8 +54,8 @@ def norm(a):
 
 
 def _largest(x):
-    # A weight with no entries has no largest one; -inf would survive the maximum.
-    return ops.zeros([], x.dtype) if 0 in tuple(x.shape) else ops.max(ops.abs(x))
+    # A weight may have no entries, and a batch no examples.
+    return ops.max(ops.abs(x), initial=0)
 
 
 def scale(a, factor):

@@ -13,11 +13,8 @@ with the current gradient in, was as good as any other way of treating the drift
 import keras
 from keras import ops
 
-from keras_rgd import bounds, vectors
+from keras_rgd import bounds, rounding, vectors
 from keras_rgd.epsilon import GramSpectrum
-
-# What is rounding, in the last digits of the gradients.
-_NOISE = 32
 
 # In bytes; a window above it is announced before training.
 _LARGE = 2**30
@@ -147,6 +144,7 @@ class WindowStep:
 
     Attributes:
         spectrum: for a rule of `keras_rgd.epsilon`.
+        lost_digits: as of `keras_rgd.step.GramStep`.
     """
 
     def __init__(self, window, v, batch_size):
@@ -181,9 +179,11 @@ class WindowStep:
         unit = ops.sqrt(ops.where(largest > 0, largest, ops.ones_like(largest)))
         k = _gram_of_distances(squares / unit / unit, valid, n) * scale
         self._square, length = square, ops.sqrt(square) / unit
-        noise = bounds.machine_epsilon(dtype)
-        # What is rounding alone is no variance: equal gradients differ by that.
-        real = ops.cast(unit * (_NOISE * noise) * length < ops.sqrt(largest), dtype)
+        noise = rounding.machine_epsilon(dtype)
+        differ = ops.sqrt(largest) > rounding.noise(ops.sqrt(square), dtype)
+        several = ops.logical_and(window.stored > 0, square > 0)
+        self.lost_digits = ops.logical_and(several, ops.logical_not(differ))
+        real = ops.cast(differ, dtype)
         centred = self._products / unit / unit * valid * real
         # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
         for _ in range(2):

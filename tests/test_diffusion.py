@@ -89,12 +89,12 @@ def test_example_coordinates_are_projections_on_the_eigenvectors(D, gradients, v
     assert received[5] == pytest.approx(0, abs=1e-6)  # the null vector of K
 
 
-@pytest.mark.parametrize("k", [0, -1, 6, 11])
+@pytest.mark.parametrize("k", [0, -1, 6, 11, 2.5, "a"])
 def test_more_eigenvectors_than_positive_eigenvalues_are_refused(k):
     D = DiffusionMatrix(random_rows(6))
     if k == 6 and np.count_nonzero(D.eigenvalues() > 0) == 6:
         pytest.skip("rounding left the null eigenvalue above 0")
-    with pytest.raises(ValueError, match="`k` must be between 1 and"):
+    with pytest.raises(ValueError, match="`k` must be an integer between 1 and"):
         D.eigenvectors(k)
 
 
@@ -299,6 +299,11 @@ def test_weak_field_error_of_a_fraction_is_a_constant():
 def test_a_metric_outside_the_weak_field_is_refused(D, fraction):
     with pytest.raises(ValueError, match="0 <= epsilon \\* lambda_max < 1"):
         DiffusionMetric(D, fraction / D.top_eigenvalue())
+
+
+def test_a_metric_of_another_matrix_is_refused():
+    with pytest.raises(ValueError, match="`diffusion_matrix` must be a DiffusionMatrix"):
+        DiffusionMetric(np.eye(3), 0.1)
 
 
 def test_a_metric_takes_a_rule(D, gradients):

@@ -18,8 +18,8 @@ _PLACES = 64
 # Rows are kept for later products where they take at most so many times the room of the factors.
 _ROOM = 1.5
 
-# Entries that the tables of all examples may have together, where the Gram matrix needs them.
-_TABLE_ENTRIES = 2**26
+# Entries that rows may have together, beyond those that are less work than products of positions.
+ROW_ENTRIES = 2**26
 
 
 class NoFormError(ValueError):
@@ -35,12 +35,14 @@ class Form(abc.ABC):
         shape: T's shape, a list.
         work: of the operation itself, forward.
         gram_work: of `gram`, or of the rows and their products.
+        rows_work: of the rows.
         has_rows: whether rows are formed anyway, as for a Gram matrix.
         after: tensors before which no large intermediate is formed, to save memory.
     """
 
     work: int
     gram_work: int
+    rows_work: int
     has_rows = False
     after = ()
 
@@ -56,6 +58,13 @@ class Form(abc.ABC):
     def rows(self):
         """The gradients, pieces (N, k) of one k; side by side T's entries by `_row_order`."""
         return self._rows()
+
+    # Whether later products use them too, so that they stay in memory.
+    _keeps_rows = True
+
+    def fresh_rows(self):
+        """As `rows`, formed anew where they would not be in memory any more."""
+        return self.rows if self._keeps_rows else self._rows()
 
     @abc.abstractmethod
     def _rows(self):
@@ -121,7 +130,7 @@ class Elementwise(Form):
             if t == 1 and z != 1
         ]
         self._gradient = tf.reduce_sum(gradient, summed) if summed else gradient
-        self.work, self.gram_work = 0, n * n * self.size
+        self.work, self.gram_work, self.rows_work = 0, n * n * self.size, 0
 
     def gram(self, outer):
         # A bias shares its gradient with the product before it.
@@ -142,8 +151,10 @@ class Mapped(Form):
 
     def __init__(self, rows, shape, n):
         super().__init__(shape)
+        if n * self.size > ROW_ENTRIES:
+            raise NoFormError(f"an operation that needs {n} rows of {self.size} entries")
         self._all = rows
-        self.work, self.gram_work = n * self.size, n * n * self.size
+        self.work, self.gram_work, self.rows_work = n * self.size, n * n * self.size, 0
 
     def _rows(self):
         return [self._all]
@@ -166,7 +177,7 @@ class Contraction(Form):
         self._left, self._right, self._n = left, right, n
         self._order, self._split = order, split
         places = self._places or _PLACES
-        self.work = n * places * self.size
+        self.work = self.rows_work = n * places * self.size
         ghost = n * n * places * places * (left.shape[-1] + right.shape[-1])
         through_rows = n * places * self.size + n * n * self.size
         # Products of positions instead of rows where that is less work.
@@ -221,7 +232,7 @@ class Contraction(Form):
         return tf.reshape(v, [*batch, self._left.shape[-1], self._right.shape[-1]])
 
     @property
-    def _rows_are_small(self):
+    def _keeps_rows(self):
         """Whether there are rows, and they take little more room than the factors."""
         if self._ghost or not self.has_rows or self._places is None:
             return False
@@ -229,13 +240,13 @@ class Contraction(Form):
         return a * b <= _ROOM * self._places * (a + b)
 
     def dot(self, v):
-        if self._rows_are_small:
+        if self._keeps_rows:
             return super().dot(v)
         through = tf.matmul(self._left, self._back(v)) * self._right
         return tf.reduce_sum(through, list(range(1, through.shape.rank)))
 
     def combine(self, w):
-        if self._rows_are_small:
+        if self._keeps_rows:
             return super().combine(w)
         right = self._right * _column(w, self._right)
         if self._left.shape.rank > 3:
@@ -279,7 +290,7 @@ class Convolution(Form):
         if None in image.shape[1:] or None in self._places or positions is None:
             raise NoFormError("a convolution over a space of unknown extent")
         self._p = p = positions * math.prod(self._places)
-        self.work = n * p * self.size
+        self.work = self.rows_work = n * p * self.size
         ghost = n * n * p * p * (self._patch + self.shape[-1])
         through_rows = self.work + n * n * self.size
         self._ghost = ghost < through_rows
@@ -367,18 +378,18 @@ class Convolution(Form):
         return math.prod(self.shape[:-1])
 
     @property
-    def _rows_are_small(self):
+    def _keeps_rows(self):
         places = self._p * self.shape[-1] + self._positions * math.prod(self._image.shape[1:])
         return self.has_rows and not self._ghost and self.size <= _ROOM * places
 
     def dot(self, v):
-        if self._rows_are_small:
+        if self._keeps_rows:
             return super().dot(v)
         through = self._slide(v) * self._response
         return tf.reduce_sum(tf.reshape(through, [-1, self._p * self.shape[-1]]), 1)
 
     def combine(self, w):
-        if self._rows_are_small:
+        if self._keeps_rows:
             return super().combine(w)
         if self._positions > 1:
             w = tf.repeat(w, self._positions, axis=1)
@@ -429,6 +440,7 @@ class Depthwise(Form):
         if None in image.shape[1:] or positions is None:
             raise NoFormError("a convolution over a space of unknown extent")
         self.work = n * positions * math.prod(response.shape[1:]) * shape[0] * shape[1]
+        self.rows_work = self.work
         self.gram_work = self.work + n * n * self.size
 
     def _rows(self):
@@ -469,8 +481,9 @@ class Lookup(Form):
         places = index.shape[1] or _PLACES
         matched = n * n * places * places * gradient.shape[-1]
         through_rows = n * n * self.size
-        self._through_rows = through_rows < matched and n * self.size <= _TABLE_ENTRIES
+        self._through_rows = through_rows < matched and n * self.size <= ROW_ENTRIES
         self.work, self.gram_work = 0, through_rows if self._through_rows else matched
+        self.rows_work = n * self.size
 
     def _rows(self):
         n, entries = tf.shape(self._index)[0], self.shape[0]
@@ -479,6 +492,8 @@ class Lookup(Form):
             _flat(self._gradient), tf.reshape(index, [-1]), n * entries
         )
         return [tf.reshape(rows, [n, self.size])]
+
+    _keeps_rows = False
 
     def dot(self, v):
         read = tf.gather(tf.reshape(v, [self.shape[0], -1]), self._index)
@@ -491,11 +506,11 @@ class Lookup(Form):
         return tf.reshape(combined, self.shape)
 
     def gram(self, outer):
-        return None if self._through_rows else self._matched()
+        return None if self._through_rows else self._matched(outer.cast(self._gradient))
 
-    def _matched(self):
+    def _matched(self, gradients):
         """sum_ts [index_it = index_js] <gradient_it, gradient_js>, some examples at a time."""
-        index, gradient = tf.reshape(self._index, [-1]), _flat(self._gradient)
+        index, gradient = tf.reshape(self._index, [-1]), _flat(gradients)
         n, p = tf.shape(self._index)[0], tf.shape(self._index)[1]
 
         def one(example):
@@ -504,7 +519,7 @@ class Lookup(Form):
             products = tf.matmul(at, gradient, transpose_b=True) * same
             return tf.reduce_sum(tf.reshape(tf.reduce_sum(products, 0), [n, p]), 1)
 
-        return tf.map_fn(one, (self._index, self._gradient), fn_output_signature=gradient.dtype)
+        return tf.map_fn(one, (self._index, gradients), fn_output_signature=gradient.dtype)
 
 
 def _padded(t, pads):
@@ -538,15 +553,24 @@ def _flat(t):
 
 
 class Outer:
-    """The products t t^T of tensors (N, k), each formed once."""
+    """The products t t^T of tensors (N, k), each formed once.
 
-    def __init__(self):
-        self._known = {}
+    Args:
+        dtype: in which they are formed. Defaults to `None`, the tensors' own.
+    """
+
+    def __init__(self, dtype=None):
+        self._dtype, self._known = dtype, {}
 
     def __contains__(self, t):
         return t.ref() in self._known
 
     def __call__(self, t):
         if t not in self:
-            self._known[t.ref()] = tf.matmul(t, t, transpose_b=True)
+            cast = self.cast(t)
+            self._known[t.ref()] = tf.matmul(cast, cast, transpose_b=True)
         return self._known[t.ref()]
+
+    def cast(self, t):
+        """A tensor in the dtype of the products."""
+        return t if self._dtype is None else tf.cast(t, self._dtype)

@@ -15,8 +15,9 @@ class ExampleSpace:
     gram: tf.Tensor  # <g_i - c, g_j - c> / unit**2 for some c, (N, N)
     products: tf.Tensor  # <g_i, v> / unit**2, (N,)
     square: tf.Tensor  # |v|^2 / unit**2, ()
-    largest: tf.Tensor  # the largest |g_i|^2 / unit**2, (): rounding is relative to it
+    largest: tf.Tensor  # about the largest |g_i|^2 / unit**2, (): rounding is relative to it
     unit: tf.Tensor  # of the order of the gradients' entries, ()
+    centred: bool  # whether `gram` is as if c were the mean, taken off before the products
 
 
 class PerExampleGradients(abc.ABC):
@@ -175,6 +176,7 @@ class PerExampleGradients(abc.ABC):
             square=vectors.inner(v, v),
             largest=tf.reduce_max(tf.linalg.diag_part(gram)) + tf.square(shift),
             unit=unit,
+            centred=True,
         )
 
     def unit(self, mean):

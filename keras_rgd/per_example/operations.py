@@ -49,13 +49,14 @@ def _examples_first(t, blocks):
     return tf.reshape(t, [-1, *t.shape[2:]])
 
 
-def _split(t, positions):
+def _split(t, use):
     """Axis 0 as (N, P); untouched where P = 1."""
-    if positions == 1:
+    if use.positions == 1:
         return t
-    if positions is None:
-        raise NoFormError("rows of an unknown number of places")
-    return tf.reshape(t, [-1, positions, *t.shape[1:]])
+    if None in t.shape[1:]:
+        raise NoFormError("rows of unknown extent, several for each example")
+    first = [use.n_examples, -1] if use.positions is None else [-1, use.positions]
+    return tf.reshape(t, [*first, *t.shape[1:]])
 
 
 def _matmul(use, inputs, gradient, n):
@@ -65,7 +66,7 @@ def _matmul(use, inputs, gradient, n):
     rows = use.shape[1 if t == "ba" else 0]
     x = inputs[0]
     x.set_shape([None, rows])  # a reshape to (N T, A) has lost its A
-    x, gradient = _split(x, use.positions), _split(gradient, use.positions)
+    x, gradient = _split(x, use), _split(gradient, use)
     if use.positions == 1:
         return _contraction("na", t, "nb", x, gradient, use, n)
     return _contraction("npa", t, "npb", x, gradient, use, n)
@@ -74,7 +75,7 @@ def _matmul(use, inputs, gradient, n):
 def _batch_matmul(use, inputs, gradient, n):
     x = inputs[1 - use.position]
     if use.positions != 1:
-        raise NoFormError("several places side by side along axis 0")
+        raise NoFormError("several matrices of one example side by side along axis 0")
     adjoint = [use.op.get_attr("adj_x"), use.op.get_attr("adj_y")]
     ranks = [t.shape.rank for t in inputs]
     batch = max(ranks) - 2
@@ -178,15 +179,13 @@ def _resource_gather(use, inputs, gradient, n):
 
 
 def _lookup(use, index, gradient, shape, n):
-    if use.positions != 1 or index.shape.rank is None:
-        raise NoFormError("a lookup of several places along axis 0")
+    if index.shape.rank is None:
+        raise NoFormError("a lookup of an unknown number of places")
     places = index.shape[1:]
-    p = places.num_elements() if places.is_fully_defined() else None
-    width = math.prod(shape[1:])
-    rows = tf.shape(index)[0]
-    index = tf.reshape(index, [-1, p] if p is not None else [rows, -1])
-    shaped = [-1, p, width] if p is not None else [rows, -1, width]
-    return Lookup(index, tf.reshape(gradient, shaped), shape, n)
+    known = places.is_fully_defined() and use.positions is not None
+    split = [-1, use.positions * places.num_elements()] if known else [use.n_examples, -1]
+    gradient = tf.reshape(gradient, [*split, math.prod(shape[1:])])
+    return Lookup(tf.reshape(index, split), gradient, shape, n)
 
 
 def _conv(use, inputs, gradient, n):
@@ -232,7 +231,7 @@ def _elementwise(derivative):
     def make(use, inputs, gradient, n):
         by_t = derivative(use.position, inputs, gradient)
         if use.positions != 1:
-            by_t = _split(by_t, use.positions)
+            by_t = _split(by_t, use)
         return Elementwise(by_t, use.shape, n)
 
     return make
@@ -241,7 +240,7 @@ def _elementwise(derivative):
 def _bias(use, inputs, gradient, n):
     if use.op.get_attr("data_format") == b"NCHW":
         gradient = tf.transpose(gradient, [0, *range(2, gradient.shape.rank), 1])
-    return Elementwise(_split(gradient, use.positions), use.shape, n)
+    return Elementwise(_split(gradient, use), use.shape, n)
 
 
 def _by_tape(use, inputs, gradient, n):
@@ -254,7 +253,7 @@ def _by_tape(use, inputs, gradient, n):
         output = function(**dict(zip(names, inputs, strict=True)))
     by_t = tape.gradient(output, inputs[use.position], gradient)
     by_t.set_shape(use.output.shape)
-    return Elementwise(_split(by_t, use.positions), use.shape, n)
+    return Elementwise(_split(by_t, use), use.shape, n)
 
 
 def _times_other(position, inputs, gradient):

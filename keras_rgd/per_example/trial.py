@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
 from keras_rgd import vectors
-from keras_rgd.per_example.batch import batch_size, mapped
+from keras_rgd.per_example.batch import batch_size, known_size, mapped
 from keras_rgd.per_example.interface import working_dtype
 from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.state import seed_generators, unchanged
@@ -87,7 +87,8 @@ def _compare(model, batch, specs, training, n, precise, repeats=True):
 
     def both(batch, m):
         options = dict(training=training, n=n, repeats=repeats, precise=precise)
-        way = Layerwise(model, *batch, **options)
+        noise = functools.partial(_noise, known_size(batch[0]))
+        way = Layerwise(model, *batch, **options, cotangent_noise=noise)
         shown.append(_shown(way))
         try:
             ours, squares = way.reweighted_and_squares(m)
@@ -112,6 +113,13 @@ def _compare(model, batch, specs, training, n, precise, repeats=True):
         # Sizes that do not fit: something has lost its axis of examples.
         wrong = f"a weight ({reason(error)})"
     return wrong, shown[-1] if shown else None
+
+
+def _noise(n, output):
+    """Random numbers beside the loss's own gradient, which may be 0; `None` without examples."""
+    if not output.shape.rank or output.shape[0] not in (None, n):
+        return None
+    return tf.random.normal(tf.shape(output), dtype=output.dtype)
 
 
 def _traced_for(function, batch, specs):

@@ -7,6 +7,7 @@ per-example gradient of a weight is the sum over its uses, whatever layer they s
 
 import dataclasses
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -15,6 +16,9 @@ _SHAPES = {"Shape", "ShapeN", "Size", "Rank", "VariableShape"}
 
 # Rearrangements of entries: inner products before and after are the same.
 _REARRANGE = {"Identity", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Cast", "Neg"}
+
+# Stands for the entries of an example whose other extents, as of its time, are open.
+_OPEN = -1
 
 _ASSIGN = {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp", "VarIsInitializedOp"}
 
@@ -80,6 +84,7 @@ class Use:
         examples: which of its inputs differ between examples.
         positions: how many rows of the other input's axis 0 belong to one example (1, or T where
             a layer runs on each timestep); `None` where the trace does not tell.
+        n_examples: N, an int or a scalar tensor.
         blocks: how many times axis 0 goes through all examples, 1 but inside a dilated
             convolution, where TensorFlow moves blocks of space there.
     """
@@ -90,6 +95,7 @@ class Use:
     shape: list
     examples: tuple
     positions: int | None
+    n_examples: Any
     blocks: int
 
     @property
@@ -126,7 +132,8 @@ def find_uses(operations, weights, examples, n, repeats):
     """
     graph = tf.compat.v1.get_default_graph()
     handles = {graph.capture(w.handle).name: i for i, w in enumerate(weights)}
-    elements = {t.name: _entries(t) for t in examples}  # of one example
+    n_examples = tf.shape(examples[0])[0] if n is None else n
+    elements = {t.name: _entries(t) or _OPEN for t in examples}  # of one example
     paths, blocks, found = {}, {}, []
     for op in operations:
         if op.type in _SHAPES or op.type in _ASSIGN:
@@ -169,7 +176,8 @@ def find_uses(operations, weights, examples, n, repeats):
         for p, path in via.items():
             if shapes[p].rank is None or None in shapes[p]:
                 raise NotVisibleError(min(path.weights), f"{op.type} of a weight of unknown shape")
-            found.append(Use(op, p, path, shapes[p].as_list(), joined, positions, through))
+            shape = shapes[p].as_list()
+            found.append(Use(op, p, path, shape, joined, positions, n_examples, through))
     return found
 
 
@@ -206,6 +214,9 @@ def _positions(op, joined, elements):
         # A reshape to (N T, A) has lost its A.
         weight = op.inputs[1 - joined].shape
         row = weight[1 if op.get_attr("transpose_b") else 0] if weight.rank == 2 else row
+    if elements == _OPEN:
+        # What has lost its time only by rows of known extent has it along axis 0.
+        return None if row else 1
     if elements is None or not row:
         return None
     return max(1, elements // row)
@@ -219,6 +230,8 @@ def _entries_of_output(op, t, positions, elements):
     if op.type in ("Reshape", "ExpandDims", "Squeeze", "Identity"):
         return elements
     row = _entries(t)
+    if elements == _OPEN and (positions is None or row is None):
+        return _OPEN
     if row is None or positions is None:
         # As after a transpose: let axis 0 be the examples' again. Where it is not, the check of
         # the first batch sees it.

@@ -1,0 +1,62 @@
+"""What counts as rounding: one rule, wherever it is asked whether gradients differ at all.
+
+Equal gradients come out of a backward pass unequal in their last digits. That is no variance, and
+what is no more than that is taken as 0; anything above it is the gradients' own.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+# In the last digits of the dtype.
+_LAST_DIGITS = 32
+
+# Products of gradients lose to their mean what it is longer than the rest; above this share of
+# variance in the mean square four digits of float32 are left.
+_SHARE = 2.0**-7
+
+
+def machine_epsilon(dtype):
+    """Distance from 1 to the next larger number of a floating dtype."""
+    return float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)
+
+
+def noise(size, dtype):
+    """How far apart equal things of this size may be by rounding alone.
+
+    Args:
+        size: the length of vectors, or the absolute value of numbers.
+        dtype: of what is compared.
+    """
+    return _LAST_DIGITS * machine_epsilon(dtype) * size
+
+
+def is_real(square_distance, square, dtype, centred):
+    """Whether gradients differ by more than rounding.
+
+    Args:
+        square_distance: the largest |g_i - gbar|^2, a scalar tensor.
+        square: the largest |g_i|^2.
+        dtype: of the gradients.
+        centred: whether the mean was taken off before products were formed. If not, the distance
+            is a difference of products, in which their own rounding stands.
+    """
+    if not centred:
+        return square_distance > noise(square, dtype)
+    return ops.sqrt(square_distance) > noise(ops.sqrt(square), dtype)
+
+
+def error(variance, square, dtype, centred):
+    """About how far off the mean of |g_i - gbar|^2 may be; else as `is_real`."""
+    known = variance if centred else square
+    return machine_epsilon(dtype) * ops.sqrt(known) * ops.sqrt(square)
+
+
+def keeps_digits(variance, mean_square):
+    """Whether products may be centred after they were formed.
+
+    Args:
+        variance: the mean of |g_i - gbar|^2, from such products.
+        mean_square: the mean of |g_i|^2.
+    """
+    return variance > _SHARE * mean_square
