@@ -56,7 +56,7 @@ class RGD(keras.optimizers.Optimizer):
         nesterov: whether momentum is Nesterov's. Defaults to `False`.
         per_example: the way to per-example gradients: "layerwise", "double_backward",
             "vectorized_map", or "auto", the cheapest that is exact for the model: "layerwise"
-            where the first batch shows that no example enters another's loss, else
+            where the traced graph shows that no example enters another's loss, else
             "double_backward". `print(optimizer.per_example_choice)` says after the first step
             which it was and why. Defaults to `"auto"`.
         chunk_size: how many examples' gradients "vectorized_map" holds at once; `None` for the

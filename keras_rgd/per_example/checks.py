@@ -85,7 +85,7 @@ def check_layerwise(model, batch, specs, training, *, sizes=None, n=None, precis
         raise NotExactError(_loss_mixes(model, mixing), _LAYERWISE_ADVICE)
     wrong = None
     try:
-        if batch is None or not batch_size(batch[0]):
+        if batch is None:
             shown = trial.traced(model, specs, training, n, precise)
         else:
             if known_size(specs[0]) is None and takes_any_size(model):

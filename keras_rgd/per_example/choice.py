@@ -60,6 +60,8 @@ def choose_way(
         ValueError: the way that was asked for is not exact for this model; names the layer.
     """
     sizes = batch if sizes is None else sizes
+    if batch is not None and not batch_size(batch[0]):
+        batch = None  # no examples show nothing
     if microbatch_size is not None:
         checks.check_pieces(model, batch, specs, sizes)
         # What is differentiated is a piece, or the rest.
