@@ -379,3 +379,60 @@ def test_a_count_over_the_batch_is_a_constant_of_the_gradient_and_is_seen_by_pie
     assert mixing.apart and mixing.lanes is None and mixing.batch is not None
     with pytest.raises(ValueError, match="changes with the batch it is in"):
         keras_rgd.spectrum(model, (x, y), verbose=False)
+
+
+class Adding(L.Layer):
+    """A loss of its own on what it is given, times a variable that is 0 at first."""
+
+    def __init__(self, gate, penalty):
+        super().__init__(name="adding")
+        self.gate, self.penalty = gate, penalty
+
+    def call(self, h):
+        self.add_loss(self.gate.value * self.penalty(h))
+        return h
+
+
+PENALTIES = {
+    "mean": (lambda h: tf.reduce_mean(tf.square(h)), True),
+    "mean of sums": (lambda h: tf.reduce_mean(tf.reduce_sum(tf.abs(h), 1)) / 3.0, True),
+    "sum over N": (lambda h: tf.reduce_sum(h**2) / tf.cast(tf.shape(h)[0], h.dtype), True),
+    "of no example": (lambda h: tf.zeros([]) + 1.0, True),
+    "sum": (lambda h: tf.reduce_sum(tf.square(h)), False),
+    "variance": (lambda h: tf.math.reduce_variance(h), False),
+    "root": (lambda h: tf.sqrt(tf.reduce_mean(tf.square(h))), False),
+    "square of a mean": (lambda h: tf.square(tf.reduce_mean(h)), False),
+    "maximum": (lambda h: tf.reduce_max(h), False),
+    "between examples": (lambda h: tf.reduce_mean(tf.square(h[1:] - h[:-1])), False),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_pieces_refuse_an_add_loss_that_is_no_mean_of_theirs_while_it_is_switched_off(name):
+    penalty, is_mean = PENALTIES[name]
+    gate = keras.Variable(0.0, trainable=False)
+    model = keras_rgd.RGDSequential(
+        [keras.Input((T, D)), L.Flatten(), L.Dense(4), Adding(gate, penalty), L.Dense(3)]
+    )
+    model.compile(keras_rgd.RGD(0.1, microbatch_size=2), cases.CROSSENTROPY())
+    if is_mean:
+        model.train_on_batch(*batch())
+        return
+    before = reference.flatten(model.trainable_variables)
+    with pytest.raises(ValueError, match="changes with the batch it is in.*'adding'"):
+        model.train_on_batch(*batch())
+    np.testing.assert_array_equal(before, reference.flatten(model.trainable_variables))
+
+
+def test_a_spectrum_of_losses_that_mix_later_is_refused():
+    gate = keras.Variable(0.0, trainable=False)
+
+    class Faded(keras.losses.Loss):
+        def call(self, y, z):
+            f = keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True)
+            return f + gate.value * tf.reduce_mean(f)
+
+    model = keras.Sequential([keras.Input((T, D)), L.Flatten(), L.Dense(3)])
+    model.compile("sgd", Faded())
+    with pytest.raises(ValueError, match="changes with the batch it is in"):
+        keras_rgd.spectrum(model, batch(), verbose=False)

@@ -50,6 +50,9 @@ LOST = "lost"
 
 _HAVE_GRADIENTS = (tf.variant, tf.resource)
 
+# Sizes and indices have fewer entries.
+_SMALL = 4096
+
 # Loops settle after as many rounds as their variables hang on one another.
 _ROUNDS = 64
 
@@ -96,17 +99,21 @@ class Follower:
         return self._found[tensor.name]
 
     def value(self, tensor):
-        """The value of a tensor of integers that the graph alone determines, or `None`."""
+        """The value of a small tensor that the graph alone determines, or `None`."""
         if tensor.ref() not in self._values:
-            value = tf.get_static_value(tensor)
-            op = tensor.op
-            small = tensor.dtype.is_integer and op.inputs and not op.op_def.is_stateful
-            if value is None and small and len(op.inputs) < 8:
-                given = [self.value(t) for t in op.inputs]
-                if all(v is not None for v in given):
-                    value = single_operation.value(op, given, tensor.value_index)
-            self._values[tensor.ref()] = value
+            self._values[tensor.ref()] = self._new_value(tensor)
         return self._values[tensor.ref()]
+
+    def _new_value(self, tensor):
+        op, entries = tensor.op, tensor.shape.num_elements()
+        if entries is None or entries > _SMALL or not tensor.dtype.is_numpy_compatible:
+            return None
+        value = tf.get_static_value(tensor)
+        if value is None and 0 < len(op.inputs) < 8 and not op.op_def.is_stateful:
+            given = [self.value(t) for t in op.inputs]
+            if all(v is not None for v in given):
+                return single_operation.value(op, given, tensor.value_index)
+        return value
 
     def _outputs(self, op, inputs):
         """A list of `Found`, one for each output of an operation."""

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
+from keras_rgd.per_example.additive import not_additive
 from keras_rgd.per_example.batch import known_size, mapped
 from keras_rgd.per_example.following import Cause, Follower, Found
 from keras_rgd.per_example.following_rules import RULES
@@ -49,7 +50,8 @@ class Mixing:
         loss: where they mix in the loss.
         beside: a weight that the loss reaches by another way than the model's output, its path.
         lanes: what of the whole batch enters an example's output, weights or not.
-        batch: what of the whole batch enters an example's loss, weights or not.
+        batch: what of the whole batch enters an example's loss, weights or not, or how else the
+            batch's loss is not the mean of that of its parts.
         random: what draws random numbers before the model's output.
     """
 
@@ -135,7 +137,7 @@ def _followed(model, specs, training):
         copies = what_losses_read(copied)
         u = tf.ones([known_size(specs[0])], keras.config.floatx())
         x, y, sample_weight = given
-        _, derivatives = example_losses(model, x, y, copied, sample_weight, u, training)
+        total, derivatives = example_losses(model, x, y, copied, sample_weight, u, training)
         derivatives = tf.convert_to_tensor(derivatives)
     tensors = [t for t in keras.tree.flatten(given) if t is not None]
     found = {t.name: None for t in graph.inputs}
@@ -149,12 +151,13 @@ def _followed(model, specs, training):
     found |= {t.name: Found(Place(0), follows=True) for t, f in apart if f and f.follows}
     loss = Follower(known_size(specs[0]), found, RULES).found(derivatives)
     where = _Where(model, made)
+    parts = not_additive(total, whole)
     return Mixing(
         outputs=_first(where.says(f.mixed) for f in by_output if f and f.mixed),
         loss=_first(_of_loss(where, f) for f in (loss, end)),
         beside=_beside(derivatives, copies, handles),
         lanes=_first(where.of_batch(f) for f in by_output if f),
-        batch=where.of_batch(end) if end else None,
+        batch=_first([where.of_batch(end) if end else None, parts and where.says(parts)]),
         random=_first(where.says(Cause(op, op.type)) for op in drawing),
     )
 

@@ -1,10 +1,10 @@
 """Which closed form a use of a weight has: one function for each kind of operation."""
 
-import inspect
 import math
 
 import tensorflow as tf
 
+from keras_rgd.per_example import single_operation
 from keras_rgd.per_example.closed_forms import (
     Contraction,
     Convolution,
@@ -280,7 +280,7 @@ def _mapped(use, inputs, gradient, n):
             given[position] = tensor[None]
         with tf.GradientTape() as tape:
             tape.watch(t)
-            output = _again(op, given)
+            output = single_operation.run(op, given)[0]
         return tf.convert_to_tensor(tape.gradient(output, t, at[None]))
 
     try:
@@ -293,23 +293,6 @@ def _mapped(use, inputs, gradient, n):
     except (ValueError, TypeError, LookupError, NotImplementedError) as error:
         raise NoFormError(f"the operation {op.type}, which does not vectorize") from error
     return Mapped(tf.reshape(rows, [-1, math.prod(use.shape)]), use.shape, n)
-
-
-def _again(op, inputs):
-    """The first output of an operation on other inputs."""
-    function = getattr(tf.raw_ops, op.type)
-    arguments, inputs = {}, list(inputs)
-    for argument in op.op_def.input_arg:
-        if argument.number_attr:
-            count = op.get_attr(argument.number_attr)
-            arguments[argument.name] = [inputs.pop(0) for _ in range(count)]
-        else:
-            arguments[argument.name] = inputs.pop(0)
-    for name in inspect.signature(function).parameters:
-        if name not in arguments and name != "name":
-            arguments[name] = op.get_attr(name)
-    output = function(**arguments)
-    return output[0] if isinstance(output, list | tuple) else output
 
 
 _FORMS = {

@@ -19,15 +19,18 @@ NEVER = {"PyFunc", "EagerPyFunc", "PyFuncStateless"}
 def run(op, inputs):
     """The outputs of an operation on other inputs, a list of tensors."""
     function = getattr(tf.raw_ops, op.type)
+    parameters = [name for name in inspect.signature(function).parameters if name != "name"]
     arguments, inputs = {}, list(inputs)
-    for argument in op.op_def.input_arg:
+    for place, argument in enumerate(op.op_def.input_arg):
+        # Some have another name in Python.
+        name = argument.name if argument.name in parameters else parameters[place]
         if argument.number_attr:
             count = op.get_attr(argument.number_attr)
-            arguments[argument.name] = [inputs.pop(0) for _ in range(count)]
+            arguments[name] = [inputs.pop(0) for _ in range(count)]
         else:
-            arguments[argument.name] = inputs.pop(0)
-    for name in inspect.signature(function).parameters:
-        if name not in arguments and name != "name":
+            arguments[name] = inputs.pop(0)
+    for name in parameters:
+        if name not in arguments:
             arguments[name] = op.get_attr(name)
     output = function(**arguments)
     return list(output) if isinstance(output, list | tuple) else [output]
