@@ -419,7 +419,7 @@ def test_pieces_refuse_an_add_loss_that_is_no_mean_of_theirs_while_it_is_switche
         model.train_on_batch(*batch())
         return
     before = reference.flatten(model.trainable_variables)
-    with pytest.raises(ValueError, match="changes with the batch it is in.*'adding'"):
+    with pytest.raises(ValueError, match="changes with the batch it is in"):
         model.train_on_batch(*batch())
     np.testing.assert_array_equal(before, reference.flatten(model.trainable_variables))
 
