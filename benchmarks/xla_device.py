@@ -35,15 +35,9 @@ def lowered(name, n, way):
     model.compile(optimizer, models.loss())
     optimizer.build(model.trainable_variables)
     batch = [tf.constant(array) for array in benchmark.data(n)]
-    chosen = per_example.choose_way(
-        model,
-        "layerwise" if way == "rgd" else "double_backward",
-        *batch,
-        None,
-        training=True,
-        dynamic=False,
-        compiled=True,
-    )
+    given = (*batch, None)
+    asked = "layerwise" if way == "rgd" else "double_backward"
+    chosen = per_example.choose_way(model, asked, given, batch=given, training=True, compiled=True)
     gradients_of = per_example.make_way(model, chosen.way, training=True, n_examples=n)
 
     def rgd(x, y):

@@ -300,9 +300,9 @@ class Follower:
             if gradient is None or not found.follows or found.place is None:
                 continue
             back = self.found(tf.convert_to_tensor(gradient))
-            apart = back is None or (back.mixed is None and back.place == found.place)
-            if not apart:
-                cause = _cause(op)
+            mixed = back and back.mixed
+            if back is not None and (mixed is not None or back.place != found.place):
+                cause = Cause(op, op.type, known=mixed is None or mixed.known)
                 return [Found(None, True, cause, cause) if f and f.follows else f for f in outputs]
         return outputs
 
