@@ -140,7 +140,7 @@ class Measurement:
 
     def __init__(self, model, batch, training, per_example, chunk_size):
         self._batch = batch
-        self._weights = model.trainable_variables
+        self._weights, self._trained = model.trainable_variables, _trained(model)
         self._mode = "training" if training else "evaluation"
         self._way = way_for(model, batch, training, per_example, chunk_size)
         self._last_top = None
@@ -182,11 +182,11 @@ class Measurement:
         )
 
     def is_of(self, model):
-        """Whether these are still the model's trainable weights."""
-        now = model.trainable_variables
-        return len(now) == len(self._weights) and all(
-            a is b for a, b in zip(now, self._weights, strict=True)
-        )
+        """Whether the same weights and layers of the model are trained as before."""
+        # A layer without weights may behave otherwise when it is frozen, as BatchNormalization.
+        now, trained = model.trainable_variables, _trained(model)
+        same = len(now) == len(self._weights) and trained == self._trained
+        return same and all(a is b for a, b in zip(now, self._weights, strict=True))
 
     def _overlap(self, D, rank):
         """tr(P_t P_s) / k of the top eigenspaces of this D and the last one measured."""
@@ -199,6 +199,10 @@ class Measurement:
             return math.nan
         k = min(len(last), len(self._last_top))
         return float(np.sum((self._last_top[:k] @ last[:k].T) ** 2) / k)
+
+
+def _trained(model):
+    return [layer.trainable for layer in model._flatten_layers()]
 
 
 def _undefined_values(D, error):

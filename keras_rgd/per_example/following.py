@@ -2,7 +2,7 @@
 
 Whether examples mix is a property of the graph: for every value of the variables and every random
 draw. No batch's numbers can show it where what mixes is switched off at that moment. So each
-operation says where the examples lie in its outputs (`following_rules`), given where they lie in
+operation says where the examples lie in its outputs, by a rule, given where they lie in
 its inputs; functions, branches and loops are entered, whichever branch is taken.
 """
 
@@ -73,7 +73,7 @@ class Follower:
     Args:
         n: N, the number of examples the graph was traced for.
         found: what is known already, `Found` by tensor name.
-        rules: functions by operation type; see `following_rules`.
+        rules: functions by operation type, as `following_rules` describes them.
     """
 
     def __init__(self, n, found, rules):

@@ -12,10 +12,10 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
+from keras_rgd.per_example import arithmetic_rules, arrangement_rules
 from keras_rgd.per_example.additive import not_additive
 from keras_rgd.per_example.batch import known_size, mapped
 from keras_rgd.per_example.following import Cause, Follower, Found
-from keras_rgd.per_example.following_rules import RULES
 from keras_rgd.per_example.layer_calls import calls, named
 from keras_rgd.per_example.loss import (
     call_model,
@@ -28,6 +28,8 @@ from keras_rgd.per_example.traces import forgotten
 
 # Traced for so many examples where the step is for any number: a prime, which no other axis is.
 _MANY = 127
+
+_RULES = arithmetic_rules.RULES | arrangement_rules.RULES
 
 # In the names of operations that draw random numbers.
 _DRAWS = ("Random", "TruncatedNormal", "Multinomial", "StatefulStandardNormal", "StatefulUniform")
@@ -141,15 +143,16 @@ def _followed(model, specs, training):
         derivatives = tf.convert_to_tensor(derivatives)
     tensors = [t for t in keras.tree.flatten(given) if t is not None]
     found = {t.name: None for t in graph.inputs}
-    found |= {t.name: Found(Place(0)) if t.shape.rank != 0 else None for t in tensors}
+    n = known_size(specs[0])
+    found |= {t.name: Found(Place(0)) if t.shape[:1] == [n] else None for t in tensors}
     found |= {name: Found(None, follows=True) for name in handles}
-    whole = Follower(known_size(specs[0]), found, RULES)
+    whole = Follower(n, found, _RULES)
     by_output = [whole.found(t) for t in outputs]
     end = whole.found(derivatives)
     # The loss alone, of outputs whose examples lie apart.
     apart = zip(copies, by_output, strict=True)
     found |= {t.name: Found(Place(0), follows=True) for t, f in apart if f and f.follows}
-    loss = Follower(known_size(specs[0]), found, RULES).found(derivatives)
+    loss = Follower(n, found, _RULES).found(derivatives)
     where = _Where(model, made)
     parts = not_additive(total, whole)
     return Mixing(
