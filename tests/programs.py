@@ -714,7 +714,7 @@ PROGRAMS = [
         vit_images,
         CROSSENTROPY,
         by_examples=_of_backbone(ViTByExamples, num_classes=CLASSES),
-        way=None,
+        way="layerwise",
     ),
     Program(
         "hub_gpt2",
