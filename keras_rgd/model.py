@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras.src.models.functional import Functional  # as in type(keras.Model(inputs, outputs))
 
 from keras_rgd import batches, per_example
-from keras_rgd.optimizer import inner_rgd
+from keras_rgd.optimizer import NotADirectionError, inner_rgd
 
 _SEEDS = "seed_generators.npz"
 
@@ -105,7 +105,7 @@ class RGDMixin:
                 self.train_step(data)
             except _PreparedError as prepared:
                 return prepared.data
-            except ValueError as error:
+            except NotADirectionError as error:
                 raise ValueError(_OWN_STEP.format(name=mine.__name__)) from error
             finally:
                 state.preparing = False
@@ -211,10 +211,10 @@ class _StepState:
     """What a training step needs and no saved model should hold; Keras does not track it."""
 
     def __init__(self):
-        self.choice = None
+        self.choice = None  # the last one made
         self.preparing = False
-        self._batch = self._key = None
-        self._asked = set()
+        self._sizes = None
+        self._choices = {}  # by what is known of a step when it is traced
 
     def choose(self, model, specs, batch=None):
         """Choose the way for a step that is traced for these specs.
@@ -223,17 +223,16 @@ class _StepState:
             model: the model.
             specs: (x, y, sample_weight) as tensors or a spec of each.
             batch: the first batch of this fit; `None` where its step is traced once more.
+
+        Returns:
+            A `per_example.Choice`.
         """
         rgd = inner_rgd(model.optimizer)
-        way = rgd.per_example
-        if self.choice is not None and way == "auto" and self.choice.way == "double_backward":
+        way, before = rgd.per_example, self.choice
+        if before is not None and way == "auto" and before.way == "double_backward":
             way = "double_backward"
         if batch is not None:
-            sizes = [
-                None if t is None else tf.TensorSpec(t.shape, t.dtype)
-                for t in keras.tree.flatten(batch)
-            ]
-            self._sizes = keras.tree.pack_sequence_as(batch, sizes)
+            self._sizes = per_example.specs_of(batch)
         choice = per_example.choose_way(
             model,
             way,
@@ -244,9 +243,11 @@ class _StepState:
             compiled=bool(model.jit_compile),
             microbatch_size=rgd.microbatch_size,
         )
-        self._asked.add(_key(model, specs))
-        if self.choice is None or choice.way != self.choice.way:
-            rgd.per_example_choice = self.choice = choice
+        if before is None or choice.way != before.way:
+            rgd.per_example_choice = choice
+            self.choice = choice
+        self._choices[_key(model, specs)] = choice
+        return choice
 
     def way_for(self, model, batch):
         """The way for the step at hand, chosen anew where it is another than was asked about.
@@ -254,17 +255,18 @@ class _StepState:
         It is asked when a step is traced, so that a step traced once more (for another shape, or
         with other layers frozen) is never taken by a way that is not exact for it any more.
         """
-        if _key(model, batch) not in self._asked:
-            self.choose(model, keras.tree.map_structure(_spec, batch))
+        choice = self._choices.get(_key(model, batch))
+        if choice is None:
+            choice = self.choose(model, keras.tree.map_structure(_spec, batch))
         rgd = inner_rgd(model.optimizer)
         return per_example.make_way(
             model,
-            self.choice.way,
+            choice.way,
             training=True,
             chunk_size=rgd.chunk_size,
             compiled=bool(model.jit_compile),
-            n_examples=self.choice.n_examples,
-            repeats=self.choice.repeats,
+            n_examples=choice.n_examples,
+            repeats=choice.repeats,
             microbatch_size=rgd.microbatch_size,
         )
 

@@ -30,6 +30,10 @@ In a training loop of your own:
     optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
 
 
+class NotADirectionError(ValueError):
+    """`RGD` without a window was handed a gradient where it needs a direction."""
+
+
 @keras.saving.register_keras_serializable(package="keras_rgd")
 class RGD(keras.optimizers.Optimizer):
     """Gradient descent in the diffusion metric (relativistic gradient descent).
@@ -316,7 +320,7 @@ class RGD(keras.optimizers.Optimizer):
                 direction, as the `train_step` of an ordinary `keras.Model`.
         """
         if self.window is None and not self._applies_direction:
-            raise ValueError(_ORDINARY_MODEL)
+            raise NotADirectionError(_ORDINARY_MODEL)
         super().apply(grads, trainable_variables)
 
     def _backend_apply_gradients(self, grads, trainable_variables):

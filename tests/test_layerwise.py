@@ -334,6 +334,25 @@ def test_as_many_examples_as_timesteps_are_told_apart():
     for n in (T, N):
         auto, other = directions(build, x[:n], y[:n])
         assert reference.relative_error(auto, other) < 1e-6
+    # Also where the step is traced once more, with no batch to try.
+    directions_after = []
+    for way in ("auto", "double_backward"):
+        keras.utils.set_random_seed(3)
+        model = build()
+        optimizer = keras_rgd.RGD(1.0, keras_rgd.epsilon.Fixed(1e-2), per_example=way)
+        model.compile(optimizer, cases.CROSSENTROPY())
+        model.train_on_batch(x[:N], y[:N])
+        before = reference.flatten(model.trainable_variables)
+        model.train_on_batch(x[:T], y[:T])
+        directions_after.append(before - reference.flatten(model.trainable_variables))
+        assert way != "auto" or optimizer.per_example_choice.way == "layerwise"
+    assert reference.relative_error(*directions_after) < 1e-5
+    model = build()
+    model.compile("sgd", cases.CROSSENTROPY())
+    dense = reference.eager(model, x[:T], y[:T])
+    D_ = keras_rgd.diffusion_matrix(model, x[:T], y[:T])
+    assert D_.gradients.way == "layerwise"
+    assert reference.relative_error(D_.gram(), dense.G @ dense.G.T) < 1e-5
 
 
 def test_more_timesteps_than_examples_in_an_unrolled_layer():

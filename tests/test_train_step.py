@@ -190,6 +190,17 @@ def test_a_step_of_its_own_is_refused_with_the_ways_out(make, words):
     assert np.isfinite(model.fit(X, batch_size=4, verbose=0).history["loss"][0])
 
 
+def test_an_error_of_the_preparation_itself_is_not_replaced():
+    class Broken(Denoiser):
+        def train_step(self, data):
+            raise ValueError("no such column")
+
+    model = Broken()
+    model.compile(keras_rgd.RGD(0.1), "mse")
+    with pytest.raises(ValueError, match="no such column"):
+        model.fit(X, verbose=0)
+
+
 # data of other kinds
 
 

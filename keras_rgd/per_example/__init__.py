@@ -4,7 +4,7 @@ from keras_rgd import backends
 
 backends.needs_tensorflow(__name__)
 
-from keras_rgd.per_example.batch import batch_size, first_examples  # noqa: E402
+from keras_rgd.per_example.batch import batch_size, first_examples, specs_of  # noqa: E402
 from keras_rgd.per_example.checks import check_apart  # noqa: E402
 from keras_rgd.per_example.choice import (  # noqa: E402
     Choice,
@@ -28,6 +28,7 @@ __all__ = [
     "measuring_way",
     "per_example_gradients",
     "seed_generators",
+    "specs_of",
     "unchanged",
     "working_dtype",
 ]

@@ -91,6 +91,8 @@ def check_layerwise(model, batch, specs, training, *, sizes=None, n=None, precis
             if known_size(specs[0]) is None and takes_any_size(model):
                 batch = first_examples(batch, _FEW)
             wrong, shown = trial.tried(model, batch, specs, training, n, precise)
+    except trial.NotApartError as error:
+        raise NotExactError(f"For this batch {error}.", _LAYERWISE_ADVICE) from error
     except NotVisibleError as error:
         variable = model.trainable_variables[error.weight]
         owner = [a for a in model._flatten_layers() if any(v is variable for v in a.variables)][-1]

@@ -27,7 +27,7 @@ class Choice:
     way: str
     reason: str
     n_examples: int
-    repeats: bool = False  # see `Layerwise`
+    repeats: int = 0  # see `Layerwise`
 
     def __str__(self):
         return f"{self.way}: {self.reason}"
@@ -158,15 +158,15 @@ def measuring_way(
         ValueError: the way that was asked for is not exact or not possible.
     """
     check_way(per_example, chunk_size)
-    batch, way = (x, y, sample_weight), per_example
+    batch, way, repeats = (x, y, sample_weight), per_example, 0
+    if way in ("auto", "layerwise"):
+        way, repeats = _layerwise_if_exact(model, batch, training, precise, asked=way)
     if way == "auto":
-        way = _measuring_choice(model, batch, training, precise)
-    elif way == "layerwise":
-        checks.check_layerwise(model, batch, specs_of(batch), training, precise=precise)
+        way = _measuring_choice(model, batch, training)
     elif way == "vectorized_map":
         check_lanes(model, batch, specs_of(batch), training=training)
     if way == "layerwise":
-        make = make_way(model, way, training=training, n_examples=batch_size(x))
+        make = make_way(model, way, training=training, n_examples=batch_size(x), repeats=repeats)
         return functools.partial(compiled_way(functools.partial(make, precise=precise), way), model)
     chunk_size = chunk_of(model) if chunk_size is None else chunk_size
     if way == "double_backward":
@@ -184,15 +184,21 @@ def measuring_way(
     return measure
 
 
-def _measuring_choice(model, batch, training, precise):
-    specs = specs_of(batch)
+def _layerwise_if_exact(model, batch, training, precise, asked):
+    """("layerwise", its repeats) where that is exact; else `asked`, or the refusal of it."""
     try:
-        checks.check_layerwise(model, batch, specs, training, precise=precise)
-        return "layerwise"
+        shown = checks.check_layerwise(model, batch, specs_of(batch), training, precise=precise)
+        return "layerwise", shown.repeats
     except checks.NotExactError:
-        pass
+        if asked == "layerwise":
+            raise
+        return asked, 0
+
+
+def _measuring_choice(model, batch, training):
+    """The way where "layerwise" is not exact."""
     try:
-        checks.check_lanes(model, batch, specs, training)
+        checks.check_lanes(model, batch, specs_of(batch), training)
         error = _trial_error(model, batch, training, compiled=False)
     except checks.NotExactError:
         return "double_backward"

@@ -25,7 +25,7 @@ from keras_rgd.per_example.loss import (
     what_losses_read,
 )
 from keras_rgd.per_example.parts import Parts
-from keras_rgd.per_example.uses import find_uses
+from keras_rgd.per_example.uses import NotVisibleError, find_uses
 
 # The Gram matrix gives a guaranteed bound on M_x; it is formed while its work is at most that of so
 # many SGD steps, or too little to tell. Beyond, products with D estimate M_x.
@@ -51,8 +51,8 @@ class Layerwise(PerExampleGradients):
         loss_scale: factor that keeps half-precision gradients in range; it cancels.
         n: N, to count work by where it is not known when the step is traced. Defaults to `64`.
         compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
-        repeats: whether an operation may give a weight its axis of examples, as `check_layerwise`
-            found it to. Defaults to `True`.
+        repeats: how many operations give a weight its axis of examples, as `check_layerwise` found
+            them to. Defaults to `True`, as many as look so.
         precise: whether to work in float64, so that the Gram matrix keeps the digits that
             centring loses; and to form it whatever it costs, from one weight after another, as
             room is short then. Defaults to `False`.
@@ -117,10 +117,13 @@ class Layerwise(PerExampleGradients):
         pairs = zip(cotangents, self._noise, strict=True)
         cotangents = [c if r is None else c + tf.cast(r, c.dtype) for c, r in pairs]
         known = self.n_examples if isinstance(self.n_examples, int) else None
-        uses = find_uses(operations, self.weights, examples, known, repeats)
+        uses = find_uses(operations, self.weights, examples, known, bool(repeats))
         # A tape would leak the graph, where one use's output leads to another's.
         gradients = tf.gradients(outputs, [use.output for use in uses], cotangents)
-        self.repeats = any(use.repeats for use in uses)
+        self.repeats = sum(use.repeats for use in uses)
+        if repeats is not True and self.repeats != repeats:
+            weight = min(uses[0].path.weights)
+            raise NotVisibleError(weight, "a batch as long as another axis, which looks the same")
         pairs = zip(uses, gradients, strict=True)
         found = [(use, gradient) for use, gradient in pairs if gradient is not None]
         self._parts = Parts(

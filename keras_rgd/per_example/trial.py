@@ -14,7 +14,13 @@ import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
 from keras_rgd import vectors
-from keras_rgd.per_example.batch import batch_size, known_size, mapped
+from keras_rgd.per_example.batch import (
+    batch_size,
+    known_size,
+    mapped,
+    takes_any_size,
+    with_any_size,
+)
 from keras_rgd.per_example.interface import working_dtype
 from keras_rgd.per_example.layerwise import Layerwise
 from keras_rgd.per_example.state import seed_generators, unchanged
@@ -37,7 +43,7 @@ class Traced:
 
     gram_is_cheap: bool
     gram_work: float  # of the Gram matrix, in SGD steps
-    repeats: bool  # whether a weight is repeated for each example
+    repeats: int  # operations that repeat a weight once for each example
 
 
 def traced(model, specs, training, n, precise=False):
@@ -45,10 +51,25 @@ def traced(model, specs, training, n, precise=False):
 
     Raises:
         NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
+        NotApartError: an axis that is as long as the batch may be taken for that of the examples.
     """
-    with forgotten(), FuncGraph("layerwise").as_default():
-        batch = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
-        return _shown(Layerwise(model, *batch, training=training, n=n, precise=precise))
+
+    def shown(specs, repeats):
+        with forgotten(), FuncGraph("layerwise").as_default():
+            batch = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
+            options = dict(training=training, n=n, repeats=repeats, precise=precise)
+            return _shown(Layerwise(model, *batch, **options))
+
+    found = shown(specs, True)
+    if not found.repeats or known_size(specs[0]) is None or not takes_any_size(model):
+        return found
+    # Where the number of examples is open, no other axis looks like theirs.
+    repeats = shown(with_any_size(specs), True).repeats
+    if repeats == found.repeats:
+        return found
+    if not repeats:
+        return shown(specs, False)
+    raise NotApartError("an axis as long as the batch may be taken for that of the examples")
 
 
 def _shown(way):
