@@ -199,7 +199,7 @@ REFUSED = {
     "examples along axis 1": (
         lambda x, w: ops.transpose(ops.matmul(w, ops.reshape(ops.transpose(x), (D * T, -1)))),
         (5, T * D),
-        "own/w0' in a product with the weight on the left",
+        "'own' (Own) has examples along another axis than 0",
     ),
 }
 
@@ -353,6 +353,27 @@ def test_as_many_examples_as_timesteps_are_told_apart():
     D_ = keras_rgd.diffusion_matrix(model, x[:T], y[:T])
     assert D_.gradients.way == "layerwise"
     assert reference.relative_error(D_.gram(), dense.G @ dense.G.T) < 1e-5
+
+
+@pytest.mark.parametrize("order", ["examples first", "time first"])
+@pytest.mark.parametrize("n", [1, N])
+def test_rows_of_all_timesteps_are_read_where_each_example_has_its_own_together(order, n):
+    """One example alone cannot show in which order they are."""
+
+    def function(x, w):
+        if order == "examples first":
+            return ops.reshape(ops.matmul(ops.reshape(x, (-1, D)), w), (-1, T, 5))
+        rows = ops.reshape(ops.transpose(x, (1, 0, 2)), (-1, D))
+        return ops.transpose(ops.reshape(ops.matmul(rows, w), (T, -1, 5)), (1, 0, 2))
+
+    x, y = own_batch()
+    model = own_model(function, (D, 5))
+    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+    model.train_on_batch(x[:n], y[:n])
+    choice = model.optimizer.per_example_choice
+    assert choice.way == ("layerwise" if order == "examples first" else "double_backward")
+    if order == "time first":
+        assert "has examples along another axis than 0" in str(choice)
 
 
 def test_more_timesteps_than_examples_in_an_unrolled_layer():

@@ -83,6 +83,12 @@ def check_layerwise(model, batch, specs, training, *, sizes=None, n=None, precis
         raise NotExactError(_mixes(mixing.outputs), _LAYERWISE_ADVICE)
     if mixing.loss is not None or mixing.beside is not None:
         raise NotExactError(_loss_mixes(model, mixing), _LAYERWISE_ADVICE)
+    if mixing.rows is not None:
+        raise NotExactError(
+            f"Layer {mixing.rows.owner} has examples along another axis than 0, or not one after "
+            f"the other, where they meet a weight (in {mixing.rows.operation}).",
+            _LAYERWISE_ADVICE,
+        )
     wrong = None
     try:
         if batch is None:

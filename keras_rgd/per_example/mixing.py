@@ -25,6 +25,7 @@ from keras_rgd.per_example.loss import (
 )
 from keras_rgd.per_example.places import Place
 from keras_rgd.per_example.traces import forgotten
+from keras_rgd.per_example.uses import NotVisibleError, find_uses
 
 # Traced for so many examples where the step is for any number: a prime, which no other axis is.
 _MANY = 127
@@ -55,6 +56,7 @@ class Mixing:
         batch: what of the whole batch enters an example's loss, weights or not, or how else the
             batch's loss is not the mean of that of its parts.
         random: what draws random numbers before the model's output.
+        rows: where a weight meets examples that do not lie along axis 0, one after the other.
     """
 
     outputs: Spot | None
@@ -63,6 +65,7 @@ class Mixing:
     lanes: Spot | None
     batch: Spot | None
     random: Spot | None
+    rows: Spot | None
 
     @property
     def apart(self):
@@ -133,7 +136,8 @@ def _followed(model, specs, training):
             traced["y_pred"] = call_model(model, given[0], training)
 
         made = calls(model, forward, mark=lambda: len(graph.get_operations()))
-        drawing = [op for op in graph.get_operations() if any(w in op.type for w in _DRAWS)]
+        forward_operations = graph.get_operations()
+        drawing = [op for op in forward_operations if any(w in op.type for w in _DRAWS)]
         outputs = what_losses_read(traced["y_pred"])
         copied = replaced(traced["y_pred"], tf.identity)
         copies = what_losses_read(copied)
@@ -155,6 +159,10 @@ def _followed(model, specs, training):
     loss = Follower(n, found, _RULES).found(derivatives)
     where = _Where(model, made)
     parts = not_additive(total, whole)
+    with graph.as_default():
+        weights = [w.value for w in model.trainable_variables]
+        examples = [t for t in keras.tree.flatten(given[0]) if t is not None]
+        misplaced = _misplaced(whole, forward_operations, weights, examples)
     return Mixing(
         outputs=_first(where.says(f.mixed) for f in by_output if f and f.mixed),
         loss=_first(_of_loss(where, f) for f in (loss, end)),
@@ -162,7 +170,24 @@ def _followed(model, specs, training):
         lanes=_first(where.of_batch(f) for f in by_output if f),
         batch=_first([where.of_batch(end) if end else None, parts and where.says(parts)]),
         random=_first(where.says(Cause(op, op.type)) for op in drawing),
+        rows=_first(where.says(Cause(op, op.type)) for op in misplaced),
     )
+
+
+def _misplaced(follower, operations, weights, examples):
+    """Operations that join weights with examples elsewhere than "layerwise" reads them."""
+    try:
+        uses = find_uses(operations, weights, examples, follower.n, True)
+    except NotVisibleError:
+        return []  # which "layerwise" says itself
+    return [use.op for use in uses if not _is_read(use, follower.found(use.output))]
+
+
+def _is_read(use, found):
+    if found is None or found.place is None:
+        return True
+    axis, outer, inner = found.place
+    return axis == 0 and outer == use.blocks and use.positions in (None, outer * inner)
 
 
 def _of_loss(where, found):
