@@ -26,6 +26,12 @@ def check_way(per_example, chunk_size=None):
         )
 
 
+def check_training(training):
+    """Raise `ValueError` unless `training` is True or False."""
+    if not isinstance(training, bool):
+        raise ValueError(f"`training` must be True or False. Received: training={training!r}")
+
+
 def is_count(value):
     """Whether `value` is a positive integer."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_rgd import per_example as ways
 from keras_rgd import vectors
+from keras_rgd.arguments import check_training
 from keras_rgd.batches import as_array, check_dense, check_lengths
 from keras_rgd.diffusion import DiffusionMatrix, NotFiniteError
 from keras_rgd.metric import DiffusionMetric, choose_epsilon
@@ -46,6 +47,7 @@ def diffusion_matrix(
         ValueError: the model is not compiled with a loss that is a weighted sum over examples, or
             the way asked for does not serve it.
     """
+    check_training(training)
     batch = as_batch(model, x, y, sample_weight)
     way = way_for(model, batch, training, per_example, chunk_size)
     return DiffusionMatrix(way(*batch))

@@ -96,8 +96,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 f"`examples` must be a positive integer. Received: examples={examples!r}"
             )
         arguments.check_way(per_example, chunk_size)
-        if not isinstance(training, bool):
-            raise ValueError(f"`training` must be True or False. Received: training={training!r}")
+        arguments.check_training(training)
         if losses is not None and not callable(losses):
             raise ValueError(f"`losses` must be a function. Received: losses={losses!r}")
         if weights is not None and losses is None:

@@ -196,9 +196,17 @@ class RGD(keras.optimizers.Optimizer):
             large = announcement(variables, self.window, self.window_dtype)
             if large is not None:
                 print(large, flush=True)
-            self._window = GradientWindow(
-                self.add_variable, variables, self.window, self.window_dtype
-            )
+            try:
+                self._window = GradientWindow(
+                    self.add_variable, variables, self.window, self.window_dtype
+                )
+            except Exception as error:  # each backend has a class of its own for want of memory
+                if large is None:
+                    raise
+                raise ValueError(
+                    f"The window does not fit in memory: {large} Expected a smaller `window`. "
+                    f"Received: window={self.window!r}"
+                ) from error
         self._values = StepValues(self._add_shared, self._add_scalar)
         self.lambda_max = self._values.lambda_max
         self.mean_lambda_max = self._values.mean_lambda_max

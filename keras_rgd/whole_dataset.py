@@ -151,6 +151,7 @@ def spectrum(
     started = time.perf_counter()
     _check_counts(k=k, examples=examples, batch_size=batch_size, memory_limit=memory_limit)
     arguments.check_way(per_example)
+    arguments.check_training(training)
     ways.check_model(model)
     if method not in METHODS:
         raise ValueError(

@@ -382,6 +382,23 @@ def test_a_vector_of_another_shape_is_refused_by_every_operation(source):
     assert reference.relative_error(combined, np.arange(12) @ G) < 1e-5
 
 
+def test_weights_of_another_length_are_refused_in_a_loop_of_ones_own():
+    model = classifier("sgd")
+    with pytest.raises(ValueError, match=r"one axis 0.*lengths \[3, 12\]"):
+        keras_rgd.per_example_gradients(model, X, Y, np.ones(3, "float32"))
+
+
+def test_training_is_true_or_false_wherever_it_is_asked():
+    model = classifier("sgd")
+    for function in (
+        lambda: keras_rgd.diffusion_matrix(model, X, Y, training="no"),
+        lambda: keras_rgd.spectrum(model, (X, Y), training="no", verbose=False),
+        lambda: keras_rgd.per_example_gradients(model, X, Y, training="no"),
+    ):
+        with pytest.raises(ValueError, match="`training` must be True or False"):
+            function()
+
+
 # words
 
 

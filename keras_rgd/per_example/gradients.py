@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from keras_rgd.arguments import check_training
+from keras_rgd.per_example.batch import known_size
 from keras_rgd.per_example.double_backward import DoubleBackward
 
 
@@ -36,6 +38,13 @@ def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True
     x, y, sample_weight = keras.tree.map_structure(
         lambda t: None if t is None else tf.convert_to_tensor(t), (x, y, sample_weight)
     )
+    check_training(training)
+    lengths = {known_size(t) for t in (x, y, sample_weight) if t is not None} - {None}
+    if len(lengths) > 1:
+        raise ValueError(
+            "Inputs, targets and sample weights must have one axis 0, of the examples. Received: "
+            f"lengths {sorted(lengths)}"
+        )
     return DoubleBackward(model, x, y, sample_weight, training)
 
 
