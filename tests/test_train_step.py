@@ -266,12 +266,14 @@ def odd_batches(model, sizes):
     model.fit(tf.data.Dataset.from_generator(lambda: batches, output_signature=spec), verbose=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("recurrent", [False, True])
+ALL_LAYERS = ("double_backward", "pieces")  # ways that serve recurrent ones too
+
+
+@pytest.mark.parametrize(
+    ("way", "recurrent"), [(w, False) for w in WAYS] + [(w, True) for w in ALL_LAYERS]
+)
 @pytest.mark.parametrize("regularizer", [None, "l2"])
 def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regularizer):
-    if recurrent and way in ("layerwise", "vectorized_map"):
-        pytest.skip("a recurrent layer is not for this way")
     after = []
     for optimizer in (keras_rgd.RGD(0.1, **options(way)), keras.optimizers.SGD(0.1)):
         keras.utils.set_random_seed(1)
