@@ -207,10 +207,3 @@ def test_double_precision_is_exact(float64):
         D = centred.T @ centred / max(len(centred) - 1, 1)
         expected = seen[-1] - float(optimizer.chosen_epsilon) * D @ seen[-1]
         assert reference.relative_error(-reference.flatten(weights), expected) < 1e-11
-
-
-def test_a_window_that_does_not_fit_is_announced_and_refused_by_its_name(capfd):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    with pytest.raises(ValueError, match=f"`window`. Received: window={2**40}"):
-        keras_rgd.RGD(window=2**40).build(model.trainable_variables)
-    assert "stores 1,099,511,627,776 gradients" in capfd.readouterr().out
