@@ -1,22 +1,21 @@
 """Relativistic gradient descent and the diffusion matrix of SGD's noise, for Keras."""
 
 from keras_rgd import epsilon
-from keras_rgd.backends import ON_TENSORFLOW, needs_tensorflow
-from keras_rgd.diffusion import DiffusionMatrix
-from keras_rgd.metric import DiffusionMetric
+from keras_rgd._support.backends import ON_TENSORFLOW, needs_tensorflow
+from keras_rgd.diffusion_matrix import DiffusionMatrix
+from keras_rgd.diffusion_metric import DiffusionMetric
 from keras_rgd.optimizer import RGD, inner_rgd
 
 if ON_TENSORFLOW:
     # ruff: noqa: F401
     from keras_rgd import geometry
-    from keras_rgd.conversion import to_rgd
+    from keras_rgd.dataset_spectrum import Spectrum, spectrum
     from keras_rgd.measurement import diffusion_matrix
-    from keras_rgd.model import RGDMixin, RGDModel, RGDSequential
+    from keras_rgd.models import RGDMixin, RGDModel, RGDSequential, to_rgd
     from keras_rgd.monitor import DiffusionMonitor
     from keras_rgd.per_example import PerExampleGradients, per_example_gradients
-    from keras_rgd.record import DiffusionRecord, load_records, save_records
-    from keras_rgd.summaries import plot_spectrum
-    from keras_rgd.whole_dataset import Spectrum, spectrum
+    from keras_rgd.plots import plot_spectrum
+    from keras_rgd.records import DiffusionRecord, load_records, save_records
 
 __version__ = "0.1.0"
 
@@ -42,6 +41,9 @@ _ON_TENSORFLOW = [
 
 if ON_TENSORFLOW:
     __all__ += _ON_TENSORFLOW
+else:
+    # The file of this name, which imports leave here, where the function is named below.
+    del diffusion_matrix  # noqa: F821
 
 
 def __getattr__(name):

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 import keras_rgd
-from keras_rgd import whole_dataset
-from keras_rgd.arguments import WAYS
+from keras_rgd import dataset_spectrum
+from keras_rgd._support.arguments import WAYS
 from keras_rgd.datasets import load_dataset
 
 
@@ -42,7 +42,7 @@ def _add_spectrum(commands):
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--training", action="store_true", help="layers in training mode")
     parser.add_argument("--per-example", choices=WAYS, default="auto")
-    parser.add_argument("--method", choices=whole_dataset.METHODS, default="auto")
+    parser.add_argument("--method", choices=dataset_spectrum.METHODS, default="auto")
     parser.add_argument("--memory-limit", type=float, default=6.0, help="in GiB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

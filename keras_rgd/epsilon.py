@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rgd import bounds
+from keras_rgd._support import eigensolvers
 
 # "Just under" 1/M_x: further below than M_x's own rounding.
 _JUST_UNDER = 1 - 2.0**-10
@@ -94,7 +94,7 @@ class GramSpectrum(InUnits):
         (I + eps D)^-1 v = v - eps B y with B^T B = K, y = (I + eps K)^-1 B^T v, and the difference
         to (I - eps D) v is eps B (B^T v - y).
         """
-        y = bounds.solve_shifted(self.gram, epsilon, self.products)
+        y = eigensolvers.solve_shifted(self.gram, epsilon, self.products)
         image = ops.matmul(self.gram, y)
         rest = epsilon * image  # B^T v - y
         error = ops.square(epsilon) * ops.sum(rest * ops.matmul(self.gram, rest))
@@ -110,7 +110,7 @@ class GramSpectrum(InUnits):
         length = ops.norm(self.products)
         mass = ops.divide_no_nan(ops.square(length), self.square)
         start = ops.divide_no_nan(self.products, length)
-        nodes, weights = bounds.lanczos_measure(
+        nodes, weights = eigensolvers.lanczos_measure(
             self.gram, start, ops.minimum(mass, self.lambda_max)
         )
         return SpectralMeasure(self.lambda_max, nodes, weights, self.unit)

@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rgd import per_example as ways
-from keras_rgd import vectors
-from keras_rgd.arguments import check_training
-from keras_rgd.batches import as_array, check_dense, check_lengths
-from keras_rgd.diffusion import DiffusionMatrix, NotFiniteError
-from keras_rgd.metric import DiffusionMetric, choose_epsilon
-from keras_rgd.record import DiffusionRecord
+from keras_rgd._support import vectors
+from keras_rgd._support.arguments import check_training
+from keras_rgd._support.batches import as_array, check_dense, check_lengths
+from keras_rgd.diffusion_matrix import DiffusionMatrix, NotFiniteError
+from keras_rgd.diffusion_metric import DiffusionMetric, choose_epsilon
+from keras_rgd.records import DiffusionRecord
 
 # How many leading eigenvectors are compared between records.
 _OVERLAP = 10

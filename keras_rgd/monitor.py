@@ -11,14 +11,15 @@ import numpy as np
 import rich.console
 import tensorflow as tf
 
-from keras_rgd import arguments, batches, summaries
 from keras_rgd import epsilon as epsilon_rules
+from keras_rgd import tensorboard
+from keras_rgd._support import arguments, batches
 from keras_rgd.geometry.neglected import pointwise_terms
 from keras_rgd.geometry.point import Point
-from keras_rgd.losses_model import LossesModel, as_given
 from keras_rgd.measurement import Measurement, as_batch
 from keras_rgd.optimizer import inner_rgd
-from keras_rgd.record import load_records, save_records
+from keras_rgd.per_example.losses_model import LossesModel, as_given
+from keras_rgd.records import load_records, save_records
 
 # Into `logs`, and so to the progress bar, History and CSVLogger; the rest is in the records.
 _LOGGED = (
@@ -165,7 +166,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
         logged = (*_LOGGED, "window_cosine") if windowed else _LOGGED
         logs.update({name: _number(getattr(record, name)) for name in logged})
         if self._writer is not None:
-            summaries.write(self._writer, record)
+            tensorboard.write(self._writer, record)
 
     def on_train_end(self, logs=None):
         """Close the TensorBoard file."""

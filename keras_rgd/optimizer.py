@@ -7,10 +7,10 @@ import numbers
 import keras
 from keras import ops
 
-from keras_rgd import arguments
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd.diffusion import DiffusionMatrix
-from keras_rgd.step import iterated_step_of, step_of
+from keras_rgd._support import arguments
+from keras_rgd.diffusion_matrix import DiffusionMatrix
+from keras_rgd.direction import iterated_step_of, step_of
 from keras_rgd.step_values import Scalar, StepValues
 from keras_rgd.window import GradientWindow, WindowGradients, announcement
 

@@ -13,7 +13,7 @@ with the current gradient in, was as good as any other way of treating the drift
 import keras
 from keras import ops
 
-from keras_rgd import bounds, rounding, vectors
+from keras_rgd._support import eigensolvers, rounding, vectors
 from keras_rgd.epsilon import GramSpectrum
 
 # In bytes; a window above it is announced before training.
@@ -144,7 +144,7 @@ class WindowStep:
 
     Attributes:
         spectrum: for a rule of `keras_rgd.epsilon`.
-        lost_digits: as of `keras_rgd.step.GramStep`.
+        lost_digits: as of `keras_rgd.direction.GramStep`.
     """
 
     def __init__(self, window, v, batch_size):
@@ -190,7 +190,7 @@ class WindowStep:
             centred = (centred - ops.sum(centred) / n) * valid
         self._weights = scale * centred
         self.spectrum = GramSpectrum(
-            lambda_max=real * (bounds.trace_power_bound(k) + scale * n * noise * length),
+            lambda_max=real * (eigensolvers.trace_power_bound(k) + scale * n * noise * length),
             gram=real * k,
             products=ops.sqrt(scale) * centred,
             square=ops.square(length),

@@ -4,8 +4,8 @@ import numpy as np
 import reference
 import tensorflow as tf
 
-from keras_rgd import vectors
-from keras_rgd.per_example.interface import PerExampleGradients, gram_of_rows
+from keras_rgd._support import vectors
+from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows
 
 SHAPES = ((2, 3), (4,))  # of the weights: d = 10
 

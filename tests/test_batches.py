@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers as L
 
 import keras_rgd
-from keras_rgd import batches
+from keras_rgd._support import batches
 
 WORDS = np.array(["sand", "clay", "löss"])
 

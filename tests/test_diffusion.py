@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from rows import Rows, random_rows
 
 import keras_rgd
-from keras_rgd import DiffusionMatrix, DiffusionMetric, bounds, vectors
-from keras_rgd.diffusion import ESTIMATE_MARGIN
-from keras_rgd.metric import choose_epsilon, weak_field_error
-from keras_rgd.step import step_of
+from keras_rgd import DiffusionMatrix, DiffusionMetric
+from keras_rgd._support import eigensolvers, vectors
+from keras_rgd.diffusion_matrix import ESTIMATE_MARGIN
+from keras_rgd.diffusion_metric import choose_epsilon, weak_field_error
+from keras_rgd.direction import step_of
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -327,7 +328,7 @@ def test_choose_epsilon_passes_the_iteration_to_a_schedule(D, gradients):
 def test_trace_power_bound_is_an_upper_bound(G, dtype):
     K = reference.Dense(G, G.mean(0)).K
     M = np.linalg.eigvalsh(K)[-1]
-    received = float(bounds.trace_power_bound(tf.constant(K, dtype)))
+    received = float(eigensolvers.trace_power_bound(tf.constant(K, dtype)))
     if len(G) == 1:
         assert received == pytest.approx(0, abs=1e-9 * np.sum(G**2))
         return
@@ -338,14 +339,14 @@ def test_trace_power_bound_is_an_upper_bound(G, dtype):
 @pytest.mark.parametrize("n", [1, 2, 64, 300])
 def test_trace_power_bound_is_tight_where_all_other_eigenvalues_are_equal(n, others):
     k = tf.linalg.diag([3.0] + [3.0 * others] * (n - 1))
-    assert float(bounds.trace_power_bound(k)) == pytest.approx(3, rel=1e-3)
+    assert float(eigensolvers.trace_power_bound(k)) == pytest.approx(3, rel=1e-3)
 
 
 @pytest.mark.parametrize("n, most", [(64, 1.21), (256, 1.31), (2048, 1.49)])
 def test_trace_power_bound_keeps_the_fraction_above_six_tenths(n, most):
     """The worst spectra have half of the eigenvalues equal to the largest and the others 0."""
     received = [
-        float(bounds.trace_power_bound(tf.linalg.diag([1.0] * count + [0.0] * (n - count))))
+        float(eigensolvers.trace_power_bound(tf.linalg.diag([1.0] * count + [0.0] * (n - count))))
         for count in (1, 2, n // 8, n // 4, n // 2, 3 * n // 4)
     ]
     assert most - 0.02 < max(received) < most < 1 / 0.6
@@ -358,7 +359,7 @@ def test_solve_shifted_equals_a_dense_solve(epsilon):
     K = G @ G.T
     K /= np.linalg.eigvalsh(K)[-1]
     b = rng.normal(size=12)
-    received = bounds.solve_shifted(
+    received = eigensolvers.solve_shifted(
         tf.constant(K), tf.constant(epsilon, tf.float64), tf.constant(b)
     )
     expected = np.linalg.solve(np.eye(12) + epsilon * K, b)
@@ -366,7 +367,7 @@ def test_solve_shifted_equals_a_dense_solve(epsilon):
 
 
 def test_trace_power_bound_of_zero_is_zero():
-    assert float(bounds.trace_power_bound(tf.zeros([5, 5]))) == 0
+    assert float(eigensolvers.trace_power_bound(tf.zeros([5, 5]))) == 0
 
 
 @pytest.mark.parametrize("n", [2, 4, 8, 9, 20])
@@ -375,7 +376,7 @@ def test_lanczos_measure_integrates_functions_of_D(n):
     D, dense = DiffusionMatrix(gradients), gradients.dense
     image = D.image(gradients.gradient)
     mass = dense.v @ dense.D @ dense.v / (dense.v @ dense.v)
-    nodes, weights = bounds.lanczos_measure(
+    nodes, weights = eigensolvers.lanczos_measure(
         tf.constant(dense.K), image.examples, tf.constant(mass, tf.float64)
     )
     assert float(tf.reduce_sum(weights)) == pytest.approx(1)
@@ -394,7 +395,7 @@ def test_moments_measure_keeps_the_moments_and_bounds_the_error():
         D, v = dense.D, dense.v / np.linalg.norm(dense.v)
         M, first, second = dense.lambda_max, v @ D @ v, v @ D @ D @ v
         nodes, weights = (
-            t.numpy() for t in bounds.moments_measure(*map(tf.constant, (M, first, second)))
+            t.numpy() for t in eigensolvers.moments_measure(*map(tf.constant, (M, first, second)))
         )
         np.testing.assert_allclose(
             [weights.sum(), weights @ nodes, weights @ nodes**2], [1, first, second]

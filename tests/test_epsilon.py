@@ -12,8 +12,8 @@ from rows import random_rows
 import keras_rgd
 from keras_rgd import DiffusionMatrix
 from keras_rgd import epsilon as rules
+from keras_rgd.diffusion_metric import choose_epsilon
 from keras_rgd.epsilon import Fixed, Fraction, FractionOfMean, SpectralMeasure, WeakField
-from keras_rgd.metric import choose_epsilon
 
 
 def spectrum(lambda_max, nodes=(0.0,), weights=(1.0,), unit=1.0, dtype="float64"):

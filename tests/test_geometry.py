@@ -14,13 +14,14 @@ import tensorflow as tf
 from keras import layers as L
 
 import keras_rgd
-from keras_rgd import geometry, vectors
-from keras_rgd.diffusion import DiffusionMatrix
+from keras_rgd import geometry
+from keras_rgd._support import vectors
+from keras_rgd.diffusion_matrix import DiffusionMatrix
+from keras_rgd.diffusion_metric import DiffusionMetric
 from keras_rgd.epsilon import Fixed, Fraction, WeakField
 from keras_rgd.geometry import flow as flows
 from keras_rgd.geometry import steady_state
 from keras_rgd.geometry.point import Point
-from keras_rgd.metric import DiffusionMetric
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy
 

@@ -10,7 +10,7 @@ from keras import layers as L
 from keras import ops
 
 import keras_rgd
-from keras_rgd.per_example.mixing import mixing_of
+from keras_rgd.per_example.mixing.mixing import mixing_of
 
 N, T, D = 6, 4, 4
 

@@ -21,6 +21,7 @@ from keras import layers as L
 import keras_rgd
 from keras_rgd import DiffusionMonitor
 from keras_rgd import monitor as monitor_module
+from keras_rgd._support import vectors
 
 CROSSENTROPY = cases.CROSSENTROPY
 
@@ -212,7 +213,7 @@ def test_with_a_window_its_D_is_recorded_beside_the_measured_one(frozen):
     record = monitor.records[-1]
     dense = dense_now(case, model)
     rows = optimizer._window.rows[0].numpy().astype("float64")
-    d = keras_rgd.vectors.size(model.trainable_variables)
+    d = vectors.size(model.trainable_variables)
     assert rows.shape[1] == len(dense.v)
     assert (d < len(dense.v)) == frozen
     centred = rows - rows.mean(0)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from cases import BY_NAME
 
 import keras_rgd
+from keras_rgd._support import vectors
 from keras_rgd.epsilon import Fixed, Fraction, WeakField
 
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.3, 2, 0.5)
@@ -44,7 +45,7 @@ def test_options_act_on_the_direction_as_sgds_do_on_a_gradient(options, float64)
         dense = reference.eager(twin, x.astype("float64"), y)
         model.train_on_batch(x, y)
         direction = dense.direction(float(rgd.chosen_epsilon))
-        direction = keras_rgd.vectors.unflatten(direction, twin.trainable_variables)
+        direction = vectors.unflatten(direction, twin.trainable_variables)
         sgd.apply([sgd.scale_loss(d) for d in direction], twin.trainable_variables)
         np.testing.assert_allclose(
             reference.flatten(model.trainable_variables),

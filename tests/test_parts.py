@@ -11,8 +11,9 @@ from keras import layers as L
 from test_layerwise import Own
 
 import keras_rgd
-from keras_rgd.per_example import layerwise
-from keras_rgd.per_example.layerwise import Layerwise
+from keras_rgd.direction import step_of
+from keras_rgd.per_example.layerwise import layerwise
+from keras_rgd.per_example.layerwise.layerwise import Layerwise
 
 ops = keras.ops
 N, T, D = 6, 4, 3
@@ -275,7 +276,7 @@ def test_the_step_says_so_where_float64_has_lost_the_digits(float64):
 
         @tf.function
         def lost(x, y, model=model):
-            return keras_rgd.step.step_of(Layerwise(model, x, y), 0.0).lost_digits
+            return step_of(Layerwise(model, x, y), 0.0).lost_digits
 
         found.append(bool(lost(x[:n].astype("float64"), y[:n].astype("float64"))))
     assert found == [False, True, False]

@@ -11,7 +11,7 @@ from cases import BY_NAME
 from keras import layers as L
 
 import keras_rgd
-from keras_rgd import arguments
+from keras_rgd._support import arguments, vectors
 
 CROSSENTROPY = cases.CROSSENTROPY
 
@@ -73,7 +73,7 @@ def test_every_operation_equals_the_dense_one(name, way):
     received = {
         "gradient": (reference.flatten(gradients.gradient), dense.v),
         "dot": (
-            gradients.dot(D.vector(keras_rgd.vectors.unflatten(v, gradients.weights))),
+            gradients.dot(D.vector(vectors.unflatten(v, gradients.weights))),
             dense.G @ v,
         ),
         "combine": (reference.flatten(gradients.combine(tf.constant(w, "float32"))), w @ dense.G),

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_record import record
 
 import keras_rgd
-from keras_rgd import summaries
+from keras_rgd import tensorboard as tensorboard_file
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def written(tmp_path):
     records.append(record(epoch=2, eigenvalues=np.zeros(6), lambda_max=0.0, overlap=float("nan")))
     writer = tf.summary.create_file_writer(str(tmp_path))
     for r in records:
-        summaries.write(writer, r)
+        tensorboard_file.write(writer, r)
     writer.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()

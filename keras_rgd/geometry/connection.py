@@ -1,8 +1,8 @@
 """The Christoffel symbols of the diffusion metric g = I + eps D, Eq. (5) and (7) of the paper."""
 
+from keras_rgd.diffusion_metric import inverse_product
 from keras_rgd.geometry.epsilon_field import EpsilonField
 from keras_rgd.geometry.point import Point
-from keras_rgd.metric import inverse_product
 
 
 def christoffel(

@@ -10,10 +10,10 @@ from unittest import mock
 
 import tensorflow as tf
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import batch_size
-from keras_rgd.per_example.interface import working_dtype
-from keras_rgd.per_example.loss import call_model, example_losses
+from keras_rgd.per_example.gradients import working_dtype
+from keras_rgd.per_example.losses import call_model, example_losses
 
 _HALF = {"float16", "bfloat16"}
 

@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rgd import per_example as ways
-from keras_rgd.arguments import is_count
+from keras_rgd._support.arguments import is_count
+from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
 from keras_rgd.geometry.point import Point
-from keras_rgd.per_example.loss import call_model, compute_loss
-from keras_rgd.progress import SHOWN_AFTER, progress_bar
+from keras_rgd.per_example.losses import call_model, compute_loss
 
 # A covariance of more entries than this is not formed.
 _LARGEST_COVARIANCE = 5_000

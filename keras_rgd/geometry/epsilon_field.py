@@ -1,8 +1,8 @@
 """Eps as a function of the point in weight space, with its derivative where it has one."""
 
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd import vectors
-from keras_rgd.metric import DiffusionMetric, choose_epsilon
+from keras_rgd._support import vectors
+from keras_rgd.diffusion_metric import DiffusionMetric, choose_epsilon
 
 # Relative distance of the two largest eigenvalues from which the larger one has a derivative.
 _SIMPLE = 1e-6

@@ -4,9 +4,9 @@ import abc
 
 import numpy as np
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
+from keras_rgd.diffusion_metric import inverse_product
 from keras_rgd.geometry.epsilon_field import EpsilonField
-from keras_rgd.metric import inverse_product
 
 
 class Equation(abc.ABC):

@@ -14,10 +14,10 @@ import numpy as np
 import scipy.integrate
 import tensorflow as tf
 
-from keras_rgd.diffusion import NotFiniteError
+from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
+from keras_rgd.diffusion_matrix import NotFiniteError
 from keras_rgd.geometry.equations import Equation, Geodesic, GradientDescent, RelativisticDescent
 from keras_rgd.geometry.point import Point
-from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 # Tolerances of the integrator: what the derivatives' own rounding lets be reached.
 _TOLERANCES = {tf.float64: (1e-9, 1e-11), tf.float32: (1e-4, 1e-6)}

@@ -18,11 +18,11 @@ import math
 
 import numpy as np
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
+from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
+from keras_rgd.diffusion_metric import inverse_product
 from keras_rgd.geometry.epsilon_field import EpsilonField, epsilon_gradient
 from keras_rgd.geometry.equations import flat, rgd_acceleration
-from keras_rgd.metric import inverse_product
-from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

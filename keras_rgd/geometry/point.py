@@ -9,8 +9,8 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
-from keras_rgd import vectors
-from keras_rgd.diffusion import DiffusionMatrix
+from keras_rgd._support import vectors
+from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.geometry.derivatives import Derivatives
 from keras_rgd.measurement import as_batch, way_for
 from keras_rgd.per_example.state import unchanged

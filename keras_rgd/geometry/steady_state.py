@@ -9,12 +9,12 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from keras_rgd import vectors
-from keras_rgd.arguments import is_count
+from keras_rgd._support import vectors
+from keras_rgd._support.arguments import is_count
+from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
 from keras_rgd.geometry.epsilon_field import EpsilonField
 from keras_rgd.geometry.equations import flat
 from keras_rgd.geometry.point import Point
-from keras_rgd.progress import SHOWN_AFTER, progress_bar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,8 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rgd import vectors
-from keras_rgd.per_example import trial
+from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import (
     batch_size,
     first_examples,
@@ -18,11 +17,12 @@ from keras_rgd.per_example.batch import (
 )
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.layer_calls import class_name, named
-from keras_rgd.per_example.loss import call_model, compiled_losses, what_losses_read
-from keras_rgd.per_example.mixing import mixing_of
+from keras_rgd.per_example.layerwise import trial
+from keras_rgd.per_example.layerwise.trial import first_unequal
+from keras_rgd.per_example.layerwise.uses import NotVisibleError
+from keras_rgd.per_example.losses import call_model, compiled_losses, what_losses_read
+from keras_rgd.per_example.mixing.mixing import mixing_of
 from keras_rgd.per_example.state import state_of, unchanged
-from keras_rgd.per_example.trial import first_unequal
-from keras_rgd.per_example.uses import NotVisibleError
 
 # How many examples are looked at where a few will do.
 _EXAMPLES = 32

@@ -5,8 +5,8 @@ import functools
 
 import tensorflow as tf
 
-from keras_rgd.arguments import check_way
-from keras_rgd.per_example import checks, vectorizable
+from keras_rgd._support.arguments import check_way
+from keras_rgd.per_example import checks, vectorized_map_checks
 from keras_rgd.per_example.batch import (
     batch_size,
     first_examples,
@@ -14,10 +14,10 @@ from keras_rgd.per_example.batch import (
     specs_of,
     with_any_size,
 )
-from keras_rgd.per_example.compiled import compiled_way
-from keras_rgd.per_example.lanes import Lanes, one_by_one, rows_function, vectorized
+from keras_rgd.per_example.measured import compiled_way
 from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.ways import chunk_of, make_way
+from keras_rgd.per_example.vectorized_map import Lanes, one_by_one, rows_function, vectorized
+from keras_rgd.per_example.way import chunk_of, make_way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def choose_way(
 
     Args:
         model: a compiled, built model.
-        per_example: one of `keras_rgd.arguments.WAYS`.
+        per_example: one of `keras_rgd._support.arguments.WAYS`.
         specs: (x, y, sample_weight) that the step is traced for, tensors or a spec of each.
         batch: the first batch. Defaults to `None`: by the graph alone, as where a step is traced
             once more.
@@ -104,7 +104,9 @@ def check_lanes(model, batch, specs, *, training, compiled=False, sizes=None):
     checks.check_lanes(model, batch, specs, training, sizes)
     error = None if batch is None else _trial_error(model, batch, training, compiled)
     if error is not None:
-        raise vectorizable.not_vectorizable(model, batch[0], training, compiled, error) from error
+        raise vectorized_map_checks.not_vectorizable(
+            model, batch[0], training, compiled, error
+        ) from error
 
 
 def _trial_error(model, batch, training, compiled):
@@ -118,7 +120,7 @@ def _trial_error(model, batch, training, compiled):
         return way(*batch).gradient
 
     with unchanged(model):
-        error = vectorizable.trial_fails(lambda: received.extend(gradient(*batch)))
+        error = vectorized_map_checks.trial_fails(lambda: received.extend(gradient(*batch)))
     if error is None:
         checks.check_gradient(model, *batch, training, received)
     return error
@@ -148,7 +150,7 @@ def measuring_way(
         y: its targets.
         sample_weight: its sample weights or `None`.
         training: whether layers behave as in training.
-        per_example: one of `keras_rgd.arguments.WAYS`.
+        per_example: one of `keras_rgd._support.arguments.WAYS`.
         chunk_size: examples whose gradients are held at once. Defaults to `None`, as many as fit
             in 1 GiB.
         precise: whether "layerwise" works in float64, as the Gram matrix of one batch should.

@@ -6,10 +6,10 @@ training), for the very Dropout masks of the step, and for recurrent layers.
 
 import tensorflow as tf
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import batch_size
-from keras_rgd.per_example.interface import PerExampleGradients, gram_of_rows
-from keras_rgd.per_example.loss import call_model, example_losses
+from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows
+from keras_rgd.per_example.losses import call_model, example_losses
 
 
 class DoubleBackward(PerExampleGradients):

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from keras_rgd.per_example.places import Place, of_examples
+from keras_rgd.per_example.mixing.places import Place, of_examples
 
 _DRAWS = 3
 

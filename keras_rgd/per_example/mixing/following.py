@@ -11,7 +11,7 @@ import typing
 import tensorflow as tf
 
 from keras_rgd.per_example import single_operation
-from keras_rgd.per_example.places import Place, UnknownError, agreed
+from keras_rgd.per_example.mixing.places import Place, UnknownError, agreed
 
 
 class Cause(typing.NamedTuple):

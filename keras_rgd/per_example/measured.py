@@ -5,7 +5,7 @@ import functools
 import tensorflow as tf
 
 from keras_rgd.per_example.batch import batch_size
-from keras_rgd.per_example.interface import PerExampleGradients
+from keras_rgd.per_example.gradients import PerExampleGradients
 from keras_rgd.per_example.state import unchanged
 
 _OPERATIONS = ("dot", "combine", "combine_many", "gram", "rows", "squares", "images")

@@ -1,7 +1,7 @@
 """Where operations that compute leave the examples: elementwise, reductions, products, images."""
 
-from keras_rgd.per_example.following import LOST
-from keras_rgd.per_example.following_rules import (
+from keras_rgd.per_example.mixing.following import LOST
+from keras_rgd.per_example.mixing.following_rules import (
     all_joined,
     axes_of,
     given,

@@ -6,8 +6,8 @@ three squarings take milliseconds.
 
 from keras import ops
 
-from keras_rgd import vectors
-from keras_rgd.rounding import machine_epsilon
+from keras_rgd._support import vectors
+from keras_rgd._support.rounding import machine_epsilon
 
 # In a step, where each costs 2 N^3 operations.
 _SQUARINGS = 3

@@ -8,8 +8,8 @@ import scipy.linalg
 from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd import vectors
-from keras_rgd.diffusion import DiffusionMatrix
+from keras_rgd._support import vectors
+from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.epsilon import SpectralMeasure
 
 

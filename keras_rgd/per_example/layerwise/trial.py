@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import (
     batch_size,
     known_size,
@@ -21,8 +21,8 @@ from keras_rgd.per_example.batch import (
     takes_any_size,
     with_any_size,
 )
-from keras_rgd.per_example.interface import working_dtype
-from keras_rgd.per_example.layerwise import Layerwise
+from keras_rgd.per_example.gradients import working_dtype
+from keras_rgd.per_example.layerwise.layerwise import Layerwise
 from keras_rgd.per_example.state import seed_generators, unchanged
 from keras_rgd.per_example.traces import forgotten
 

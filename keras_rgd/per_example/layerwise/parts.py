@@ -7,15 +7,11 @@ import math
 
 import tensorflow as tf
 
-from keras_rgd.per_example.closed_forms import (
-    Contraction,
-    Elementwise,
-    NoFormError,
-    Outer,
-)
-from keras_rgd.per_example.lanes import quiet
-from keras_rgd.per_example.operations import form_of
-from keras_rgd.per_example.uses import NotVisibleError
+from keras_rgd.per_example.layerwise.forms import Elementwise, NoFormError, Outer
+from keras_rgd.per_example.layerwise.operations import form_of
+from keras_rgd.per_example.layerwise.products import Contraction
+from keras_rgd.per_example.layerwise.uses import NotVisibleError
+from keras_rgd.per_example.vectorized_map import quiet
 
 # Rows of at most so many entries are put side by side for one product.
 _SMALL = 1024

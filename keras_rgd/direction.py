@@ -2,8 +2,8 @@
 
 from keras import ops
 
-from keras_rgd import bounds, rounding, vectors
-from keras_rgd.diffusion import ESTIMATE_MARGIN, DiffusionMatrix
+from keras_rgd._support import eigensolvers, rounding, vectors
+from keras_rgd.diffusion_matrix import ESTIMATE_MARGIN, DiffusionMatrix
 from keras_rgd.epsilon import GramSpectrum, SpectralMeasure
 
 
@@ -62,7 +62,7 @@ class GramStep:
         # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
         self._centred = real * (centred - ops.mean(centred))
         self.spectrum = GramSpectrum(
-            lambda_max=real * (bounds.trace_power_bound(k) + error),
+            lambda_max=real * (eigensolvers.trace_power_bound(k) + error),
             unit=space.unit,
             gram=real * k,
             products=self._centred / ops.sqrt(n),
@@ -92,7 +92,7 @@ class MatvecStep:
         self.lost_digits = _lost(gradients, image.norm, image.size > 0)
         unit = image.unit
         mass = ops.square(image.size / unit)
-        nodes, weights = bounds.moments_measure(
+        nodes, weights = eigensolvers.moments_measure(
             lambda_max, mass, mass * ops.square(image.alpha / unit)
         )
         self.spectrum = SpectralMeasure(

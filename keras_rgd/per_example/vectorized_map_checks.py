@@ -5,11 +5,11 @@ import functools
 import keras
 import tensorflow as tf
 
-from keras_rgd.per_example import lanes
+from keras_rgd.per_example import vectorized_map
 from keras_rgd.per_example.layer_calls import calls, named
-from keras_rgd.per_example.loss import call_model
+from keras_rgd.per_example.layerwise.trial import reason
+from keras_rgd.per_example.losses import call_model
 from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.trial import reason
 
 
 class NotVectorizableError(ValueError):
@@ -19,7 +19,7 @@ class NotVectorizableError(ValueError):
 def trial_fails(function, *arguments):
     """The error of a trial of `tf.vectorized_map`, or None; its pages of log are not shown."""
     try:
-        with lanes.quiet():
+        with vectorized_map.quiet():
             function(*arguments)
     except (ValueError, TypeError, NotImplementedError, LookupError, tf.errors.OpError) as error:
         return error
@@ -63,7 +63,7 @@ def _vectorizes(layer, arguments, compiled):
         )
         return [tf.convert_to_tensor(g) for g in gradient]
 
-    rows = lanes.vectorized(lane, None, compiled)
+    rows = vectorized_map.vectorized(lane, None, compiled)
     run = tf.function(lambda *a: rows(list(a)), jit_compile=compiled, autograph=False)
     return trial_fails(run, *inputs) is None
 

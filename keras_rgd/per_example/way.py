@@ -2,13 +2,13 @@
 
 import functools
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
 from keras_rgd.per_example.double_backward import DoubleBackward
-from keras_rgd.per_example.interface import working_dtype
-from keras_rgd.per_example.lanes import Lanes, rows_function, vectorized
-from keras_rgd.per_example.layerwise import Layerwise
-from keras_rgd.per_example.pieces import Pieces
+from keras_rgd.per_example.gradients import working_dtype
+from keras_rgd.per_example.layerwise.layerwise import Layerwise
+from keras_rgd.per_example.microbatches import Pieces
 from keras_rgd.per_example.state import changeable
+from keras_rgd.per_example.vectorized_map import Lanes, rows_function, vectorized
 
 # One chunk of gradients is held in memory; this is what it may take, in bytes.
 _CHUNK_BYTES = 2**30
@@ -35,7 +35,7 @@ def make_way(
 
     Args:
         model: a compiled, built model.
-        per_example: one of `keras_rgd.arguments.WAYS` but "auto", which is for `choose_way`.
+        per_example: one of `arguments.WAYS` but "auto", which is for `choose_way`.
         training: whether layers behave as in training.
         chunk_size: examples whose gradients "vectorized_map" holds at once.
         compiled: whether the caller compiles what it traces with XLA.

@@ -13,8 +13,8 @@ import scipy.linalg
 import scipy.sparse.linalg
 from keras import ops
 
-from keras_rgd import arguments, bounds, rounding, vectors
-from keras_rgd.rounding import machine_epsilon
+from keras_rgd._support import arguments, eigensolvers, rounding, vectors
+from keras_rgd._support.rounding import machine_epsilon
 
 # Without a Gram matrix M_x is estimated from below; the margin makes misses rare. Measured:
 # docs/epsilon.md.
@@ -143,7 +143,7 @@ class DiffusionMatrix:
         own = ops.square(image.alpha / unit)
         last = ops.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
         agree = ops.logical_and(last <= _AGREEMENT * own, own <= _AGREEMENT * last)
-        top = bounds.golub_kahan_top(
+        top = eigensolvers.golub_kahan_top(
             dot=lambda v: [t / unit for t in self._dot(v)],
             combine=lambda u: vectors.scale(self._combine(u), 1 / unit),
             alpha=image.alpha / unit,
@@ -184,7 +184,7 @@ class DiffusionMatrix:
         def one_pass(step, q, *_values_and_state):
             *_, x, dx, p, dp = _values_and_state
             image, dq = self._images_in_one_pass(v, q, unit)
-            x, dx, p, dp = bounds.ritz_step((x, dx), (q, dq), (p, dp))
+            x, dx, p, dp = eigensolvers.ritz_step((x, dx), (q, dq), (p, dp))
             value = vectors.inner(x, dx)
             rest = vectors.add(dx, x, -value)
             residual = vectors.norm(rest)

@@ -5,16 +5,10 @@ import math
 import tensorflow as tf
 
 from keras_rgd.per_example import single_operation
-from keras_rgd.per_example.closed_forms import (
-    Contraction,
-    Convolution,
-    Depthwise,
-    Elementwise,
-    Lookup,
-    Mapped,
-    NoFormError,
-)
-from keras_rgd.per_example.lanes import CRASH_UNCOMPILED, NOT_VECTORIZED, quiet
+from keras_rgd.per_example.layerwise.convolutions import Convolution, Depthwise
+from keras_rgd.per_example.layerwise.forms import Elementwise, Lookup, Mapped, NoFormError
+from keras_rgd.per_example.layerwise.products import Contraction
+from keras_rgd.per_example.vectorized_map import CRASH_UNCOMPILED, NOT_VECTORIZED, quiet
 
 _LABELS = "abcdefghijklmopqrstuvwxyz"  # not n, which is for the examples
 
@@ -212,6 +206,10 @@ def _convolution(use, image, response, n):
         strides, dilations = ([a[0], *a[2:], 1] for a in (strides, dilations))
     if image.shape[-1] != shape[-2] or response.shape[-1] != shape[-1]:
         raise NoFormError("a convolution in groups")
+    steps_over = any(s > w for s, w in zip(strides[1:-1], shape[:-2], strict=True))
+    if len(shape) == 5 and padding == "SAME" and steps_over:
+        # On a CPU TensorFlow begins such a Conv3D inside the image, elsewhere at its edge.
+        raise NoFormError("a convolution in three dimensions that leaves out entries")
     return Convolution(
         image, response, shape, strides[1:-1], dilations[1:-1], padding, use.positions, n
     )

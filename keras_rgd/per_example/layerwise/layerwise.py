@@ -10,22 +10,13 @@ import functools
 import keras
 import tensorflow as tf
 
-from keras_rgd import rounding, vectors
+from keras_rgd._support import rounding, vectors
 from keras_rgd.per_example.batch import batch_size
-from keras_rgd.per_example.closed_forms import ROW_ENTRIES
-from keras_rgd.per_example.interface import (
-    ExampleSpace,
-    PerExampleGradients,
-    squares_of_rows,
-)
-from keras_rgd.per_example.loss import (
-    call_model,
-    example_losses,
-    replaced,
-    what_losses_read,
-)
-from keras_rgd.per_example.parts import Parts
-from keras_rgd.per_example.uses import NotVisibleError, find_uses
+from keras_rgd.per_example.gradients import ExampleSpace, PerExampleGradients, squares_of_rows
+from keras_rgd.per_example.layerwise.forms import ROW_ENTRIES
+from keras_rgd.per_example.layerwise.parts import Parts
+from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
+from keras_rgd.per_example.losses import call_model, example_losses, replaced, what_losses_read
 
 # The Gram matrix gives a guaranteed bound on M_x; it is formed while its work is at most that of so
 # many SGD steps, or too little to tell. Beyond, products with D estimate M_x.

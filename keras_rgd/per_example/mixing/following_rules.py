@@ -8,8 +8,8 @@ indices that it would need are not known.
 
 import numpy as np
 
-from keras_rgd.per_example.following import LOST
-from keras_rgd.per_example.places import UnknownError, agreed
+from keras_rgd.per_example.mixing.following import LOST
+from keras_rgd.per_example.mixing.places import UnknownError, agreed
 
 
 def registry():

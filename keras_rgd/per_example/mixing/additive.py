@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_rgd.per_example.following import Cause
+from keras_rgd.per_example.mixing.following import Cause
 
 # A tensor that no example enters; one that is a mean over the examples of what each has, linear
 # functions of it included; and a sum over them.

@@ -10,12 +10,13 @@ import time
 
 import numpy as np
 
-from keras_rgd import arguments, routes
 from keras_rgd import per_example as ways
-from keras_rgd.batches import Batches
-from keras_rgd.diffusion import FLOAT32_EPSILON, LARGEST_RELATIVE_CUT
+from keras_rgd import spectrum_methods
+from keras_rgd._support import arguments
+from keras_rgd._support.batches import Batches
+from keras_rgd.diffusion_matrix import FLOAT32_EPSILON, LARGEST_RELATIVE_CUT
 from keras_rgd.measurement import as_batch, mean_std, noise_scale, way_for
-from keras_rgd.record import load_json, plain, revived, save_json
+from keras_rgd.records import load_json, plain, revived, save_json
 
 METHODS = ("auto", "gram", "covariance", "iterative")
 
@@ -163,7 +164,7 @@ def spectrum(
     way = way_for(model, first, training, per_example, None, precise=False)
     if ways.batch_size(first[0]) > 1:
         ways.check_apart(model, *first)
-    passes = routes.Passes(model, batches, way, training, verbose)
+    passes = spectrum_methods.Passes(model, batches, way, training, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(
             f"D has at most min(N, d) = {min(passes.n, passes.d)} eigenvalues that differ from 0. "
@@ -173,11 +174,11 @@ def spectrum(
     method = plan.method if method == "auto" else method
     plan.check(method)
     if method == "gram":
-        found = routes.gram(passes, plan.block)
+        found = spectrum_methods.gram(passes, plan.block)
     elif method == "covariance":
-        found = routes.covariance(passes)
+        found = spectrum_methods.covariance(passes)
     else:
-        found = routes.iterative(passes, plan.leading, seed)
+        found = spectrum_methods.iterative(passes, plan.leading, seed)
     v, mean = passes.means
     return Spectrum(
         **_values(found, passes, whole=method != "iterative", k=_KEPT if k is None else k),
@@ -214,11 +215,11 @@ class _Plan:
         # Whole batches, so that none is cut.
         self.block = min(max(room // batch_size, 1) * batch_size, n)
         self.leading = min(_LEADING, n, max(d - 1, 1)) if k is None else k
-        trace_rows = entry * d * min(max(routes.ROW_BYTES // (entry * d), 1), batch_size)
-        krylov = routes.krylov_size(self.leading, d)
+        trace_rows = entry * d * min(max(spectrum_methods.ROW_BYTES // (entry * d), 1), batch_size)
+        krylov = spectrum_methods.krylov_size(self.leading, d)
         self.bytes = {
             "gram": gram + entry * d * min(batch_size, n),
-            "covariance": entry * d * (d + routes.ROWS) + batch,
+            "covariance": entry * d * (d + spectrum_methods.ROWS) + batch,
             "iterative": 8 * d * (krylov + 3 * self.leading) + 3 * trace_rows,
         }
         self._work = {"gram": n * n * d + n**3, "covariance": n * d * d + d**3}

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from keras_rgd.per_example.following import LOST
-from keras_rgd.per_example.following_rules import (
+from keras_rgd.per_example.mixing.following import LOST
+from keras_rgd.per_example.mixing.following_rules import (
     all_joined,
     axes_of,
     given,
@@ -12,7 +12,7 @@ from keras_rgd.per_example.following_rules import (
     placed,
     registry,
 )
-from keras_rgd.per_example.places import reshaped
+from keras_rgd.per_example.mixing.places import reshaped
 
 _ALONG_AN_AXIS = ["Cumsum", "Cumprod", "CumulativeLogsumexp", "ReverseV2", "Roll"]
 

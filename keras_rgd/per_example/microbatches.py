@@ -3,9 +3,9 @@
 import keras
 import tensorflow as tf
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import batch_size
-from keras_rgd.per_example.interface import PerExampleGradients
+from keras_rgd.per_example.gradients import PerExampleGradients
 
 
 class Pieces(PerExampleGradients):

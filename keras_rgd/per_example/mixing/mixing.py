@@ -12,20 +12,15 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
-from keras_rgd.per_example import arithmetic_rules, arrangement_rules
-from keras_rgd.per_example.additive import not_additive
 from keras_rgd.per_example.batch import known_size, mapped
-from keras_rgd.per_example.following import Cause, Follower, Found
 from keras_rgd.per_example.layer_calls import calls, named
-from keras_rgd.per_example.loss import (
-    call_model,
-    example_losses,
-    replaced,
-    what_losses_read,
-)
-from keras_rgd.per_example.places import Place
+from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
+from keras_rgd.per_example.losses import call_model, example_losses, replaced, what_losses_read
+from keras_rgd.per_example.mixing import arithmetic_rules, arrangement_rules
+from keras_rgd.per_example.mixing.additive import not_additive
+from keras_rgd.per_example.mixing.following import Cause, Follower, Found
+from keras_rgd.per_example.mixing.places import Place
 from keras_rgd.per_example.traces import forgotten
-from keras_rgd.per_example.uses import NotVisibleError, find_uses
 
 # Traced for so many examples where the step is for any number: a prime, which no other axis is.
 _MANY = 127

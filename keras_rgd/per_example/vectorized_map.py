@@ -11,15 +11,10 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from keras_rgd import vectors
+from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import batch_size
-from keras_rgd.per_example.interface import (
-    PerExampleGradients,
-    centered,
-    gram_of_rows,
-    products,
-)
-from keras_rgd.per_example.loss import call_model, example_losses, what_losses_read
+from keras_rgd.per_example.gradients import PerExampleGradients, centered, gram_of_rows, products
+from keras_rgd.per_example.losses import call_model, example_losses, what_losses_read
 
 # A batched matrix product that vectorizing makes out of attention crashes the process in TF's
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.

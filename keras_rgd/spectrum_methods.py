@@ -15,10 +15,10 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from keras_rgd import per_example as ways
-from keras_rgd import rounding, vectors
-from keras_rgd.diffusion import NOT_FINITE, NotFiniteError
+from keras_rgd._support import rounding, vectors
+from keras_rgd._support.progress import progress_bar
+from keras_rgd.diffusion_matrix import NOT_FINITE, NotFiniteError
 from keras_rgd.measurement import as_batch
-from keras_rgd.progress import progress_bar
 
 # Rows that enter the d x d matrix together: enough for a matrix product to pay.
 ROWS = 2048

@@ -1,0 +1,224 @@
+"""The forms of kernels that slide over an image: convolutions of all kinds."""
+
+import itertools
+import math
+
+import tensorflow as tf
+
+from keras_rgd.per_example.layerwise.forms import ROOM, Form, NoFormError, beside, column
+from keras_rgd.per_example.layerwise.products import Contraction
+
+
+class Convolution(Form):
+    """T is the kernel of a convolution: its rows from shifted images.
+
+    Args:
+        image: what the kernel slides over, (N * P, *space, A).
+        response: what each place has to do with, (N * P, *places, B).
+        shape: of the kernel, (*window, A, B).
+        strides: of the window.
+        dilations: of the window.
+        padding: "SAME" or "VALID".
+        positions: P.
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, image, response, shape, strides, dilations, padding, positions, n):
+        super().__init__(shape)
+        self._image, self._response, self._n = image, response, n
+        self._window = self.shape[:-2]
+        self._strides, self._dilations, self._padding = strides, dilations, padding
+        self._positions = positions
+        self._places = list(response.shape[1:-1])
+        if None in image.shape[1:] or None in self._places or positions is None:
+            raise NoFormError("a convolution over a space of unknown extent")
+        self._p = p = positions * math.prod(self._places)
+        self.work = self.rows_work = n * p * self.size
+        ghost = n * n * p * p * (self._patch + self.shape[-1])
+        through_rows = self.work + n * n * self.size
+        self._ghost = ghost < through_rows
+        self.gram_work = min(ghost, through_rows)
+
+    def _shifts(self):
+        """For each axis of space: what to pad before and after, and a slice for each place."""
+        axes = zip(
+            self._image.shape[1:-1],
+            self._places,
+            self._window,
+            self._strides,
+            self._dilations,
+            strict=True,
+        )
+        for extent, places, window, stride, dilation in axes:
+            needed = max((places - 1) * stride + (window - 1) * dilation + 1 - extent, 0)
+            before = needed // 2 if self._padding == "SAME" else 0
+            last = (places - 1) * stride + 1
+            slices = [slice(k * dilation, k * dilation + last, stride) for k in range(window)]
+            yield [before, needed - before], slices
+
+    def _images(self):
+        """The image under each place of the window, a list of (N, P * places, A)."""
+        pads, axes = zip(*self._shifts(), strict=True)
+        # Not before the backward pass comes here: those of all layers would fill the memory.
+        with tf.control_dependencies([self._response, *self.after]):
+            return self._slid(_padded(self._image, pads), axes)
+
+    @property
+    def _moves_response(self):
+        """Whether it is less to copy to move the response along the window's last axis."""
+        a, b = self.shape[-2:]
+        return self._window[-1] > 1 and self._strides[-1] == 1 and b <= a
+
+    def _slid_and_moved(self):
+        """As `_images`, but for the places of the window's other axes; and the response.
+
+        Its channels stand side by side for each place along the last axis, (N, P * places,
+        window * B), moved against the image.
+        """
+        *others, ((before, _), slices) = self._shifts()
+        extent, places, reach = self._image.shape[-2], self._places[-1], slices[-1].start
+        with tf.control_dependencies([self._response, *self.after]):
+            around = [reach - before, extent + before - places]
+            response = _padded(self._response, [*([0, 0] for _ in others), around])
+            moves = [slice(reach - s.start, reach - s.start + extent, 1) for s in slices]
+            whole = [[slice(0, places, 1)] for places in self._places[:-1]]
+            response = beside(_parts(response, [*whole, moves]))
+            image = _padded(self._image, [*(pad for pad, _ in others), [0, 0]])
+            whole = [slice(0, extent, 1)]
+            images = self._slid(image, [*(slices for _, slices in others), whole])
+            return images, self._of_examples(response)
+
+    def _slid(self, image, axes):
+        slid = _parts(image, axes)
+        shape = tf.constant(self._of_example(slid[0]))
+        return [tf.reshape(t, shape) for t in slid]
+
+    def _of_examples(self, t):
+        return tf.reshape(t, self._of_example(t))
+
+    def _of_example(self, t):
+        return [-1, self._positions * math.prod(t.shape[1:-1]), t.shape[-1]]
+
+    def _rows(self):
+        if self._moves_response:
+            images, response = self._slid_and_moved()
+        else:
+            images, response = self._images(), self._of_examples(self._response)
+        # One product for each place of the window; side by side they would be copied again.
+        products = [tf.matmul(image, response, transpose_a=True) for image in images]
+        shape = tf.constant([-1, self.size // len(images)])
+        return [tf.reshape(t, shape) for t in products]
+
+    @property
+    def _row_order(self):
+        if not self._moves_response:
+            return None
+        *others, last, a, b = range(len(self.shape))
+        return [*others, a, last, b]
+
+    @property
+    def _patch(self):
+        return math.prod(self.shape[:-1])
+
+    @property
+    def _keeps_rows(self):
+        places = self._p * self.shape[-1] + self._positions * math.prod(self._image.shape[1:])
+        return self.has_rows and not self._ghost and self.size <= ROOM * places
+
+    def dot(self, v):
+        if self._keeps_rows:
+            return super().dot(v)
+        through = self._slide(v) * self._response
+        return tf.reduce_sum(tf.reshape(through, [-1, self._p * self.shape[-1]]), 1)
+
+    def combine(self, w):
+        if self._keeps_rows:
+            return super().combine(w)
+        if self._positions > 1:
+            w = tf.repeat(w, self._positions, axis=1)
+        return self._kernel_gradient(self._response * column(w, self._response))
+
+    def _arguments(self):
+        strides, dilations = [1, *self._strides, 1], [1, *self._dilations, 1]
+        return dict(strides=strides, dilations=dilations, padding=self._padding)
+
+    def _slide(self, v):
+        function = tf.raw_ops.Conv2D if len(self._window) == 2 else tf.raw_ops.Conv3D
+        return function(input=self._image, filter=tf.reshape(v, self.shape), **self._arguments())
+
+    def _kernel_gradient(self, response):
+        two = len(self._window) == 2
+        function = tf.raw_ops.Conv2DBackpropFilter if two else tf.raw_ops.Conv3DBackpropFilterV2
+        return function(
+            input=self._image,
+            filter_sizes=self.shape,
+            out_backprop=response,
+            **self._arguments(),
+        )
+
+    def gram(self, outer):
+        if not self._ghost:
+            return None
+        patches, response = beside(self._images()), self._of_examples(self._response)
+        form = Contraction(patches, response, [self._patch, self.shape[-1]], self._n)
+        return form.gram(outer)
+
+
+class Depthwise(Form):
+    """T is the kernel of a depthwise convolution: the examples stand side by side as channels.
+
+    Args:
+        image: (N * P, height, width, A).
+        response: (N * P, height, width, A * M).
+        shape: of the kernel, (height, width, A, M).
+        arguments: strides, padding, dilations as of the operation.
+        positions: P.
+        n: N, or a guess of it, to count work by.
+    """
+
+    def __init__(self, image, response, shape, arguments, positions, n):
+        super().__init__(shape)
+        self._image, self._response = image, response
+        self._arguments, self._positions = arguments, positions
+        if None in image.shape[1:] or positions is None:
+            raise NoFormError("a convolution over a space of unknown extent")
+        self.work = n * positions * math.prod(response.shape[1:]) * shape[0] * shape[1]
+        self.rows_work = self.work
+        self.gram_work = self.work + n * n * self.size
+
+    def _rows(self):
+        height, width, channels, multiplier = self.shape
+        n = tf.shape(self._image)[0]
+        kernels = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+            input=self._side_by_side(self._image),
+            filter_sizes=tf.stack([height, width, n * channels, multiplier]),
+            out_backprop=self._side_by_side(self._response),
+            **self._arguments,
+        )
+        kernels = tf.reshape(kernels, [height, width, n, channels, multiplier])
+        rows = tf.reshape(tf.transpose(kernels, [2, 0, 1, 3, 4]), [n, self.size])
+        if self._positions > 1:
+            rows = tf.reduce_sum(tf.reshape(rows, [-1, self._positions, self.size]), 1)
+        return [rows]
+
+    @staticmethod
+    def _side_by_side(t):
+        height, width, channels = t.shape[1:]
+        t = tf.transpose(t, [1, 2, 0, 3])
+        return tf.reshape(t, [1, height, width, tf.shape(t)[2] * channels])
+
+
+def _padded(t, pads):
+    """Zeros around the axes between the first and the last."""
+    return tf.pad(t, [[0, 0], *pads, [0, 0]]) if any(map(any, pads)) else t
+
+
+def _parts(t, axes):
+    """All parts of a tensor that take one of the slices of each axis between first and last."""
+    if any(a.step != 1 for axis in axes for a in axis):
+        return [t[(slice(None), *part)] for part in itertools.product(*axes)]
+    # One constant less for each, in graphs with hundreds of them.
+    size = tf.constant([-1, *(axis[0].stop - axis[0].start for axis in axes), t.shape[-1]])
+    return [
+        tf.slice(t, [0, *(s.start for s in part), 0], size) for part in itertools.product(*axes)
+    ]

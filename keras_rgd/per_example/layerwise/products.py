@@ -1,0 +1,111 @@
+"""The form of a weight that is contracted with its input: dense layers, attention, einsums."""
+
+import tensorflow as tf
+
+from keras_rgd.per_example.layerwise.forms import PLACES, ROOM, Form, column, flat
+
+
+class Contraction(Form):
+    """T is a matrix, or several: g_i = sum_p left_ip right_ip^T.
+
+    Args:
+        left: shape (N, A) or (N, ..., P, A).
+        right: shape (N, B) or (N, ..., P, B).
+        shape: of T, whose entries are (..., A, B) in `order`.
+        n: N, or a guess of it, to count work by.
+        order: the permutation that takes the axes of `split` to T's; `None` where they are T's.
+        split: the shape before the permutation.
+    """
+
+    def __init__(self, left, right, shape, n, order=None, split=None):
+        super().__init__(shape)
+        self._left, self._right, self._n = left, right, n
+        self._order, self._split = order, split
+        places = self._places or PLACES
+        self.work = self.rows_work = n * places * self.size
+        ghost = n * n * places * places * (left.shape[-1] + right.shape[-1])
+        through_rows = n * places * self.size + n * n * self.size
+        # Products of positions instead of rows where that is less work.
+        plain = left.shape.rank <= 3 and self._places is not None
+        self._ghost = plain and (places == 1 or ghost < through_rows)
+        self.gram_work = ghost if self._ghost else through_rows
+
+    @classmethod
+    def mergeable(cls, forms):
+        """Whether `merged` takes these forms: plain products with the same matrix."""
+        return all(type(f) is cls and f._left.shape.rank <= 3 for f in forms) and (
+            len({(str(f._order), str(f._split), f._left.shape[-1]) for f in forms}) == 1
+        )
+
+    @classmethod
+    def merged(cls, forms):
+        """One form for several products with one matrix: g_i is the sum of theirs."""
+        first = forms[0]
+        left, right = (
+            tf.concat([t if t.shape.rank == 3 else t[:, None] for t in factors], 1)
+            for factors in ([f._left for f in forms], [f._right for f in forms])
+        )
+        return cls(left, right, first.shape, first._n, first._order, first._split)
+
+    @property
+    def _one_position(self):
+        return self._left.shape.rank == 2
+
+    @property
+    def _places(self):
+        return 1 if self._one_position else self._left.shape[-2]
+
+    def _rows(self):
+        if self._one_position:
+            rows = self._left[:, :, None] * self._right[:, None, :]
+        else:
+            rows = tf.matmul(self._left, self._right, transpose_a=True)
+        return [self._arranged(rows)]
+
+    def _arranged(self, rows):
+        if self._order is not None:
+            rows = tf.reshape(rows, [-1, *self._split])
+            rows = tf.transpose(rows, [0, *(axis + 1 for axis in self._order)])
+        return tf.reshape(rows, [-1, self.size])
+
+    def _back(self, v):
+        """V as a (..., A, B)."""
+        if self._order is not None:
+            inverse = [self._order.index(i) for i in range(len(self._order))]
+            v = tf.transpose(tf.reshape(v, self.shape), inverse)
+        batch = self._left.shape[1:-2] if not self._one_position else []
+        return tf.reshape(v, [*batch, self._left.shape[-1], self._right.shape[-1]])
+
+    @property
+    def _keeps_rows(self):
+        """Whether there are rows, and they take little more room than the factors."""
+        if self._ghost or not self.has_rows or self._places is None:
+            return False
+        a, b = self._left.shape[-1], self._right.shape[-1]
+        return a * b <= ROOM * self._places * (a + b)
+
+    def dot(self, v):
+        if self._keeps_rows:
+            return super().dot(v)
+        through = tf.matmul(self._left, self._back(v)) * self._right
+        return tf.reduce_sum(through, list(range(1, through.shape.rank)))
+
+    def combine(self, w):
+        if self._keeps_rows:
+            return super().combine(w)
+        right = self._right * column(w, self._right)
+        if self._left.shape.rank > 3:
+            combined = tf.einsum("n...pa,n...pb->...ab", self._left, right)
+        else:
+            combined = tf.matmul(flat(self._left), flat(right), transpose_a=True)
+        return tf.reshape(self._arranged(combined[None]), self.shape)
+
+    def gram(self, outer):
+        if not self._ghost:
+            return None
+        if self._one_position:
+            return outer(self._left) * outer(self._right)
+        left, right = flat(self._left), flat(self._right)
+        p = self._left.shape[1]
+        products = tf.reshape(outer(left) * outer(right), [-1, p, tf.shape(left)[0] // p, p])
+        return tf.reduce_sum(products, [1, 3])

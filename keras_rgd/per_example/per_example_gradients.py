@@ -1,0 +1,59 @@
+"""The per-example gradients of one batch, for a training loop of one's own."""
+
+import keras
+import tensorflow as tf
+
+from keras_rgd._support.arguments import check_training
+from keras_rgd.per_example.batch import known_size
+from keras_rgd.per_example.double_backward import DoubleBackward
+
+
+def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True):
+    """The per-example gradients of one batch, for a training loop of one's own.
+
+    One forward pass as in training: seeds and moving statistics go on. It works eagerly and
+    inside a `tf.function`, and by "double_backward", so for any layer. To look at a model and
+    leave it as it is use `keras_rgd.diffusion_matrix`, whose `gradients` are of the same kind.
+
+    Args:
+        model: a compiled, built `keras.Model` of any class; its loss is used, not its optimizer.
+        x: inputs, axis 0 of length N; a nested structure of tensors for several inputs.
+        y: targets. Defaults to `None`.
+        sample_weight: the examples' weights in the loss. Defaults to `None`.
+        training: whether layers behave as in training. Defaults to `True`.
+
+    Returns:
+        A `PerExampleGradients`: `gradient`, `loss`, `y_pred` and the three operations `dot(v)`,
+        `combine(w)` and `gram()`; what `RGD.direction` and `DiffusionMatrix` take.
+
+    Raises:
+        ValueError: the model is not compiled or not built, or its loss is not a weighted sum over
+            the examples.
+    """
+    check_model(model)
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so it has no weights. Call it on data first."
+        )
+    x, y, sample_weight = keras.tree.map_structure(
+        lambda t: None if t is None else tf.convert_to_tensor(t), (x, y, sample_weight)
+    )
+    check_training(training)
+    lengths = {known_size(t) for t in (x, y, sample_weight) if t is not None} - {None}
+    if len(lengths) > 1:
+        raise ValueError(
+            "Inputs, targets and sample weights must have one axis 0, of the examples. Received: "
+            f"lengths {sorted(lengths)}"
+        )
+    return DoubleBackward(model, x, y, sample_weight, training)
+
+
+def check_model(model):
+    """Raise `ValueError` unless the model is a compiled `keras.Model`."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a compiled keras.Model. Received: {type(model).__name__}")
+    if not model.compiled:
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, so it has no loss. Call "
+            "model.compile(optimizer, loss=...) first."
+        )
