@@ -1,7 +1,81 @@
-"""A batch of examples: how many there are, some of them, and what is known of it in a trace."""
+"""A batch of examples: its inputs, targets and sample weights, which travel together."""
+
+import typing
 
 import keras
 import tensorflow as tf
+from keras import ops
+
+from keras_rgd._support.batches import as_array, check_dense, check_lengths
+
+
+class Batch(typing.NamedTuple):
+    """N examples. A tuple: `x, y, sample_weight = batch`.
+
+    Each part is a tensor, a nested structure of tensors with the examples along axis 0 of each, or
+    `None` where there is none; or of the same structure a spec of each tensor.
+
+    Attributes:
+        x: the inputs.
+        y: the targets.
+        sample_weight: the weights of the examples in the loss, class weights included.
+    """
+
+    x: typing.Any
+    y: typing.Any = None
+    sample_weight: typing.Any = None
+
+    @classmethod
+    def of_arrays(cls, x, y=None, sample_weight=None):
+        """A batch of tensors, of the dtypes that `fit` would use.
+
+        Args:
+            x: inputs: arrays or tensors, dense and of one length along axis 0.
+            y: targets, likewise. Defaults to `None`.
+            sample_weight: likewise. Defaults to `None`.
+
+        Raises:
+            ValueError: they are not of one positive length, or not dense.
+        """
+        check_dense(x, y, sample_weight)
+        check_lengths(x, y, sample_weight)
+        return cls(x, y, sample_weight).mapped(_tensor)
+
+    @property
+    def size(self):
+        """N: an int where it is known, else (inside a graph) a scalar tensor."""
+        known = self.known_size
+        return ops.shape(self._first)[0] if known is None else known
+
+    @property
+    def known_size(self):
+        """N where the trace (or a spec) tells it, else `None`."""
+        return self._first.shape[0] if len(self._first.shape or ()) else None
+
+    @property
+    def _first(self):
+        return next(t for t in keras.tree.flatten(self.x) if t is not None)
+
+    def tensors(self):
+        """All that is not `None`, a flat list."""
+        return [t for t in keras.tree.flatten(tuple(self)) if t is not None]
+
+    def mapped(self, function):
+        """`function` of each tensor; `None` stays."""
+        return Batch(*(mapped(function, part) for part in self))
+
+    def first(self, n):
+        """The first n examples."""
+        return self.part(0, n)
+
+    def part(self, start, end):
+        """The examples from `start` to before `end`."""
+        return self.mapped(lambda t: t[start:end])
+
+
+def mapped(function, *trees):
+    """`function` of each leaf of structures of tensors; `None` stays."""
+    return keras.tree.map_structure(lambda *t: None if t[0] is None else function(*t), *trees)
 
 
 def batch_size(x):
@@ -14,11 +88,6 @@ def known_size(x):
     """N where the trace (or a spec) tells it, else `None`."""
     first = next(t for t in keras.tree.flatten(x) if t is not None)
     return first.shape[0] if first.shape.rank else None
-
-
-def mapped(function, *batches):
-    """`function` of each tensor of a batch; `None` stays."""
-    return keras.tree.map_structure(lambda *t: None if t[0] is None else function(*t), *batches)
 
 
 def specs_of(batch):
@@ -41,3 +110,10 @@ def first_examples(tree, n):
 def takes_any_size(model):
     """Whether a model takes batches of any size, so that a few examples will do."""
     return all(t.shape[0] is None for t in getattr(model, "inputs", None) or [])
+
+
+def _tensor(value):
+    is_tensor = keras.ops.is_tensor(value)
+    tensor = ops.convert_to_tensor(value if is_tensor else as_array(value))
+    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+    return ops.cast(tensor, keras.config.floatx()) if is_float else tensor
