@@ -35,13 +35,14 @@ def lowered(name, n, way):
     model.compile(optimizer, models.loss())
     optimizer.build(model.trainable_variables)
     batch = [tf.constant(array) for array in benchmark.data(n)]
-    given = (*batch, None)
+    given = per_example.Batch(*batch)
     asked = "layerwise" if way == "rgd" else "double_backward"
-    chosen = per_example.choose_way(model, asked, given, batch=given, training=True, compiled=True)
-    gradients_of = per_example.make_way(model, chosen.way, training=True, n_examples=n)
+    losses = per_example.ExampleLosses(model, training=True)
+    wanted = per_example.Wanted(asked, compiled=True)
+    chosen = per_example.choose_way(losses, wanted, given, given)
 
     def rgd(x, y):
-        return moved(optimizer.direction(gradients_of(x, y)))
+        return moved(optimizer.direction(chosen(per_example.Batch(x, y))))
 
     def sgd(x, y):
         with tf.GradientTape() as tape:

@@ -15,7 +15,8 @@ from keras_rgd import spectrum_methods
 from keras_rgd._support import arguments
 from keras_rgd._support.batches import Batches
 from keras_rgd.diffusion_matrix import FLOAT32_EPSILON, LARGEST_RELATIVE_CUT
-from keras_rgd.measurement import as_batch, mean_std, noise_scale, way_for
+from keras_rgd.measurement import mean_std, noise_scale
+from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.records import load_json, plain, revived, save_json
 
 METHODS = ("auto", "gram", "covariance", "iterative")
@@ -162,8 +163,8 @@ def spectrum(
     # One example alone does not show what depends on others.
     first = as_batch(model, *batches.first(max(batch_size, 2)))
     way = way_for(model, first, training, per_example, None, precise=False)
-    if ways.batch_size(first[0]) > 1:
-        ways.check_apart(model, *first)
+    if first.size > 1:
+        ways.check_smaller_batches(ways.ExampleLosses(model, training=False), first)
     passes = spectrum_methods.Passes(model, batches, way, training, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(

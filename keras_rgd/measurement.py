@@ -4,16 +4,13 @@ import dataclasses
 import math
 import time
 
-import keras
 import numpy as np
-import tensorflow as tf
 
-from keras_rgd import per_example as ways
 from keras_rgd._support import vectors
 from keras_rgd._support.arguments import check_training
-from keras_rgd._support.batches import as_array, check_dense, check_lengths
 from keras_rgd.diffusion_matrix import DiffusionMatrix, NotFiniteError
 from keras_rgd.diffusion_metric import DiffusionMetric, choose_epsilon
+from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.records import DiffusionRecord
 
 # How many leading eigenvectors are compared between records.
@@ -50,83 +47,7 @@ def diffusion_matrix(
     check_training(training)
     batch = as_batch(model, x, y, sample_weight)
     way = way_for(model, batch, training, per_example, chunk_size)
-    return DiffusionMatrix(way(*batch))
-
-
-def check_measurable(model):
-    """Raise `ValueError` where nothing that a measurement could read gives the examples' losses."""
-    ways.check_model(model)
-    own = _overriding(model, "train_step")
-    ways_out = (
-        "Override `compute_loss(self, x, y, y_pred, sample_weight)` and let the training use it; "
-        "or give DiffusionMonitor(data, losses=...) a function that returns the losses of a "
-        "batch's examples, shape (N,). To train such a model by D, keras_rgd.RGD(window=32) takes "
-        "it as it is; keras_rgd.per_example_gradients is for a training loop of one's own."
-    )
-    step = "" if own is None else f", and class {own.__name__} overrides `train_step`"
-    if type(model).call is keras.Model.call:
-        raise ValueError(
-            f"Model '{model.name}' has no `call`{step}, so there is no output to take losses of. "
-            + ways_out
-        )
-    no_loss = model.loss is None and type(model).compute_loss is keras.Model.compute_loss
-    if own is not None and no_loss:
-        raise ValueError(
-            f"Model '{model.name}' is compiled without a loss{step}, which alone knows what is "
-            f"minimised. {ways_out}"
-        )
-
-
-def _overriding(model, name):
-    """The class of the user's that has a method of its own by this name, or `None`."""
-    cls = next(c for c in type(model).__mro__ if name in vars(c))
-    return None if cls.__module__.split(".")[0] in ("keras", "keras_rgd") else cls
-
-
-def as_batch(model, x, y=None, sample_weight=None):
-    """(x, y, sample_weight) as tensors of the dtypes that `fit` would use, checked."""
-    check_measurable(model)
-    check_dense(x, y, sample_weight)
-    check_lengths(x, y, sample_weight)
-    keras_reads_y = model.loss is not None and type(model).compute_loss is keras.Model.compute_loss
-    if y is None and keras_reads_y:
-        raise ValueError(
-            f"Model '{model.name}' is compiled with a loss, which needs targets. Expected (x, y). "
-            "Received: y=None"
-        )
-    return keras.tree.map_structure(_tensor, (x, y, sample_weight))
-
-
-def way_for(model, batch, training, per_example, chunk_size, precise=True):
-    """The function from a batch like this one to `PerExampleGradients`; see `measuring_way`."""
-    if not model.built:
-        build(model, batch[0])
-    if not model.trainable_variables:
-        raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
-    return ways.measuring_way(
-        model,
-        *batch,
-        training=training,
-        per_example=per_example,
-        chunk_size=chunk_size,
-        precise=precise,
-    )
-
-
-def build(model, x):
-    """Make a model's weights as its first step would; nothing is computed, and no seed goes on."""
-
-    def symbolic(a):
-        return None if a is None else keras.KerasTensor((None, *a.shape[1:]), a.dtype)
-
-    model(keras.tree.map_structure(symbolic, x))
-
-
-def _tensor(value):
-    if value is None:
-        return None
-    tensor = tf.convert_to_tensor(value if tf.is_tensor(value) else as_array(value))
-    return tf.cast(tensor, keras.config.floatx()) if tensor.dtype.is_floating else tensor
+    return DiffusionMatrix(way(batch))
 
 
 class Measurement:
@@ -161,7 +82,7 @@ class Measurement:
             A `DiffusionRecord`.
         """
         start = time.perf_counter()
-        gradients = self._way(*self._batch)
+        gradients = self._way(self._batch)
         D = DiffusionMatrix(gradients)
         try:
             values = _spectral_values(D) | _gradient_values(D, rule, step)

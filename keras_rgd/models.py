@@ -32,11 +32,10 @@ class RGDMixin:
             return super().train_step(data)
         if self._step_state.preparing:
             raise _PreparedError(data)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        batch = per_example.Batch(*keras.utils.unpack_x_y_sample_weight(data))
         one = tf.ones([])
         scale = self.optimizer.scale_loss(one)
-        way = self._step_state.way_for(self, (x, y, sample_weight))
-        gradients = way(x, y, sample_weight, scale)
+        gradients = self._step_state.ways.for_batch(batch)(batch, scale)
         direction = optimizer.direction(gradients)
         if scale is not one:
             # The optimizer divides by the loss scale, and skips the step where this overflows.
@@ -46,6 +45,7 @@ class RGDMixin:
         with optimizer.applying_direction():
             self.optimizer.apply(direction, variables)
         self._loss_tracker.update_state(gradients.loss, sample_weight=gradients.n_examples)
+        x, y, sample_weight = batch
         return self.compute_metrics(x, y, gradients.y_pred, sample_weight=sample_weight)
 
     def make_train_function(self, force=False):
@@ -71,7 +71,7 @@ class RGDMixin:
         hidden = _hidden_train_step(type(self))
         if hidden is not None:
             raise ValueError(_HIDDEN.format(mine=type(self).__name__, theirs=hidden.__name__))
-        self._step_state = _StepState()
+        self._step_state = _StepState(self)
         self.train_function = self._preparing(self.train_function)
 
     def _preparing(self, train_function):
@@ -79,7 +79,7 @@ class RGDMixin:
         state = self._step_state
 
         def prepared_train_function(iterator):
-            if state.choice is None:
+            if state.ways.last is None:
                 spec = getattr(iterator, "element_spec", None)
                 first = list(itertools.islice(iterator, self.steps_per_execution))
                 if not first:
@@ -130,9 +130,11 @@ class RGDMixin:
             raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        batch, specs = (keras.utils.unpack_x_y_sample_weight(_given(t)) for t in (data, spec))
-        batch = keras.tree.map_structure(_tensor, batch)
-        self._step_state.choose(self, specs, batch=batch)
+        batch, specs = (
+            per_example.Batch(*keras.utils.unpack_x_y_sample_weight(_given(t)))
+            for t in (data, spec)
+        )
+        self._step_state.ways.choose(specs, batch.mapped(tf.convert_to_tensor))
 
     def save_assets(self, path):
         """Write where the random numbers of the layers stand, which Keras does not."""
@@ -191,10 +193,6 @@ def _check_dense(data):
     batches.check_dense(*batch, what="RGD by the gradients of examples")
 
 
-def _tensor(leaf):
-    return None if leaf is None else tf.convert_to_tensor(leaf)
-
-
 def _absent(leaf):
     # Keras passes a missing target or weight through tf.data as an empty optional.
     return leaf is None or isinstance(leaf, tf.experimental.Optional | tf.OptionalSpec)
@@ -211,74 +209,15 @@ class _PreparedError(Exception):
 class _StepState:
     """What a training step needs and no saved model should hold; Keras does not track it."""
 
-    def __init__(self):
-        self.choice = None  # the last one made
+    def __init__(self, model):
+        rgd = inner_rgd(model.optimizer)
+        wanted = per_example.Wanted(
+            rgd.per_example, rgd.chunk_size, rgd.microbatch_size, bool(model.jit_compile)
+        )
+        self.ways = per_example.StepWays(
+            model, wanted, functools.partial(setattr, rgd, "per_example_choice")
+        )
         self.preparing = False
-        self._sizes = None
-        self._choices = {}  # by what is known of a step when it is traced
-
-    def choose(self, model, specs, batch=None):
-        """Choose the way for a step that is traced for these specs.
-
-        Args:
-            model: the model.
-            specs: (x, y, sample_weight) as tensors or a spec of each.
-            batch: the first batch of this fit; `None` where its step is traced once more.
-
-        Returns:
-            A `per_example.Choice`.
-        """
-        rgd = inner_rgd(model.optimizer)
-        way, before = rgd.per_example, self.choice
-        if before is not None and way == "auto" and before.way == "double_backward":
-            way = "double_backward"
-        if batch is not None:
-            self._sizes = per_example.specs_of(batch)
-        choice = per_example.choose_way(
-            model,
-            way,
-            specs,
-            batch=batch,
-            sizes=self._sizes,
-            training=True,
-            compiled=bool(model.jit_compile),
-            microbatch_size=rgd.microbatch_size,
-        )
-        if before is None or choice.way != before.way:
-            rgd.per_example_choice = choice
-            self.choice = choice
-        self._choices[_key(model, specs)] = choice
-        return choice
-
-    def way_for(self, model, batch):
-        """The way for the step at hand, chosen anew where it is another than was asked about.
-
-        It is asked when a step is traced, so that a step traced once more (for another shape, or
-        with other layers frozen) is never taken by a way that is not exact for it any more.
-        """
-        choice = self._choices.get(_key(model, batch))
-        if choice is None:
-            choice = self.choose(model, keras.tree.map_structure(_spec, batch))
-        rgd = inner_rgd(model.optimizer)
-        return per_example.make_way(
-            model,
-            choice.way,
-            training=True,
-            chunk_size=rgd.chunk_size,
-            compiled=bool(model.jit_compile),
-            n_examples=choice.n_examples,
-            repeats=choice.repeats,
-            microbatch_size=rgd.microbatch_size,
-        )
-
-
-def _key(model, batch):
-    """What is known of a step when it is traced: shapes, and what is trained."""
-    shapes = tuple(
-        None if t is None else (str(t.shape), t.dtype) for t in keras.tree.flatten(batch)
-    )
-    trained = tuple(id(v) for v in model.trainable_variables)
-    return shapes, trained, tuple(layer.trainable for layer in model._flatten_layers())
 
 
 _OWN_STEP = """\

@@ -16,9 +16,10 @@ from keras_rgd import tensorboard
 from keras_rgd._support import arguments, batches
 from keras_rgd.geometry.neglected import pointwise_terms
 from keras_rgd.geometry.point import Point
-from keras_rgd.measurement import Measurement, as_batch
+from keras_rgd.measurement import Measurement
 from keras_rgd.optimizer import inner_rgd
 from keras_rgd.per_example.losses_model import LossesModel, as_given
+from keras_rgd.per_example.measuring import as_batch
 from keras_rgd.records import load_records, save_records
 
 # Into `logs`, and so to the progress bar, History and CSVLogger; the rest is in the records.

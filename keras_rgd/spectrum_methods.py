@@ -18,7 +18,7 @@ from keras_rgd import per_example as ways
 from keras_rgd._support import rounding, vectors
 from keras_rgd._support.progress import progress_bar
 from keras_rgd.diffusion_matrix import NOT_FINITE, NotFiniteError
-from keras_rgd.measurement import as_batch
+from keras_rgd.per_example.measuring import as_batch
 
 # Rows that enter the d x d matrix together: enough for a matrix product to pay.
 ROWS = 2048
@@ -52,7 +52,7 @@ class Passes:
     Args:
         model: the model.
         batches: a `Batches`.
-        way: the function from a batch to `PerExampleGradients`.
+        way: the `Way` for its batches.
         training: whether layers behave as in training, so that batches must be the same in all
             passes.
         verbose: whether to show progress.
@@ -65,7 +65,7 @@ class Passes:
     """
 
     def __init__(self, model, batches, way, training, verbose):
-        self._model, self._batches, self._gradients_of = model, batches, way
+        self._model, self._batches, self._way = model, batches, way
         self._training = training
         self._verbose, self._advance = verbose, None
         self.n = batches.count
@@ -84,7 +84,7 @@ class Passes:
                     # Each batch draws random numbers of its own, in each pass the same.
                     for seed, value in zip(seeds, before, strict=True):
                         seed.assign(value + np.uint32(i) * draws)
-                    yield self._gradients_of(*as_batch(self._model, *batch))
+                    yield self._way(as_batch(self._model, *batch))
                     advance()
         finally:
             for seed, value in zip(seeds, before, strict=True):

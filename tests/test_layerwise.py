@@ -177,7 +177,7 @@ def test_a_training_step_through_layers_of_ones_own_is_exact(mode):
     before = reference.flatten(model.trainable_variables)
     model.train_on_batch(x, y)
     direction = before - reference.flatten(model.trainable_variables)
-    assert optimizer.per_example_choice.way == "layerwise"
+    assert optimizer.per_example_choice.name == "layerwise"
     expected = dense.direction(float(optimizer.chosen_epsilon))
     assert reference.relative_error(direction, expected) < 1e-5
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_read_off_is_refused_by_name_and_auto_goes_another_way(na
     optimizer = keras_rgd.RGD(0.1)
     model.compile(optimizer, cases.CROSSENTROPY())
     model.fit(x, y, verbose=0)
-    assert optimizer.per_example_choice.way == "double_backward"
+    assert optimizer.per_example_choice.name == "double_backward"
     assert words in str(optimizer.per_example_choice)
 
 
@@ -248,7 +248,7 @@ def test_one_example_first_is_enough_as_the_graph_shows_what_mixes():
         model = own_model(function, (D, 5))
         model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
         model.train_on_batch(x[:1], y[:1])
-        assert model.optimizer.per_example_choice.way == way
+        assert model.optimizer.per_example_choice.name == way
 
 
 def test_eager_steps_have_no_trace_to_read():
@@ -265,7 +265,13 @@ def test_eager_steps_have_no_trace_to_read():
 
 def any_size(batch):
     """What a step is traced for whose batches are of any size."""
-    return tuple(None if t is None else tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in batch)
+    return batch.mapped(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype))
+
+
+def chosen(model, batch):
+    """The way that "auto" takes for steps of any size."""
+    losses = ways.ExampleLosses(model, training=True)
+    return ways.choose_way(losses, ways.Wanted("auto"), any_size(batch), batch)
 
 
 @pytest.mark.parametrize("name", ["dropout", "batch_normalization", "lstm_dropout"])
@@ -276,8 +282,7 @@ def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
     model.evaluate(x, y, verbose=0)  # builds the metrics
     variables = [*model.variables, *(v for m in model.metrics for v in m.variables)]
     before = [v.numpy() for v in variables]
-    batch = tf.constant(x), tf.constant(y), None
-    ways.choose_way(model, "auto", any_size(batch), batch=batch, training=True, compiled=False)
+    chosen(model, ways.Batch(tf.constant(x), tf.constant(y)))
     for a, b in zip(before, variables, strict=True):
         np.testing.assert_array_equal(a, b.numpy())
 
@@ -289,18 +294,16 @@ def test_no_trace_of_choosing_stays_in_memory_until_the_step_is_traced():
     case = BY_NAME["dense"]
     model = case.compile(steps.build(case), keras_rgd.RGD(0.1))
     x, y, _ = case.batch()
-    batch = tf.constant(x), tf.constant(y), None
+    batch = ways.Batch(tf.constant(x), tf.constant(y))
     gc.collect()
     before = graphs()
     gc.disable()  # nothing but the choice itself collects
     try:
-        choice = ways.choose_way(
-            model, "auto", any_size(batch), batch=batch, training=True, compiled=False
-        )
+        choice = chosen(model, batch)
         after = graphs()
     finally:
         gc.enable()
-    assert choice.way == "layerwise"
+    assert choice.name == "layerwise"
     assert after <= before  # those of other tests may go meanwhile
     assert gc.get_freeze_count() == 0
 
@@ -320,7 +323,7 @@ def directions(build, x, y, n=None):
         model.fit(x, y, batch_size=n or len(x), shuffle=False, verbose=0)
         results.append(before - reference.flatten(model.trainable_variables))
         if way == "auto":
-            assert model.optimizer.per_example_choice.way == "layerwise"
+            assert model.optimizer.per_example_choice.name == "layerwise"
             assert float(model.optimizer.chosen_epsilon) > 0
     return results
 
@@ -347,7 +350,7 @@ def test_as_many_examples_as_timesteps_are_told_apart():
         before = reference.flatten(model.trainable_variables)
         model.train_on_batch(x[:T], y[:T])
         directions_after.append(before - reference.flatten(model.trainable_variables))
-        assert way != "auto" or optimizer.per_example_choice.way == "layerwise"
+        assert way != "auto" or optimizer.per_example_choice.name == "layerwise"
     assert reference.relative_error(*directions_after) < 1e-5
     model = build()
     model.compile("sgd", cases.CROSSENTROPY())
@@ -373,7 +376,7 @@ def test_rows_of_all_timesteps_are_read_where_each_example_has_its_own_together(
     model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
     model.train_on_batch(x[:n], y[:n])
     choice = model.optimizer.per_example_choice
-    assert choice.way == ("layerwise" if order == "examples first" else "double_backward")
+    assert choice.name == ("layerwise" if order == "examples first" else "double_backward")
     if order == "time first":
         assert "has examples along another axis than 0" in str(choice)
 
@@ -411,7 +414,7 @@ def test_half_precision_hides_no_mixing(policy):
         model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
         model.train_on_batch(x, y)
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-        assert optimizer.per_example_choice.way == way, optimizer.per_example_choice
+        assert optimizer.per_example_choice.name == way, optimizer.per_example_choice
 
 
 @pytest.mark.parametrize("where", ["bias", "x"])
@@ -424,7 +427,7 @@ def test_numbers_that_are_not_finite_change_no_choice(where):
         x[1] = np.nan
     model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
     model.train_on_batch(x, y)
-    assert model.optimizer.per_example_choice.way == "layerwise"
+    assert model.optimizer.per_example_choice.name == "layerwise"
 
 
 # M_x

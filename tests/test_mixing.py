@@ -10,7 +10,8 @@ from keras import layers as L
 from keras import ops
 
 import keras_rgd
-from keras_rgd.per_example.mixing.mixing import mixing_of
+from keras_rgd.per_example import Batch, ExampleLosses
+from keras_rgd.per_example.mixing import mixing_of
 
 N, T, D = 6, 4, 4
 
@@ -213,7 +214,7 @@ def jacobian(model, gate):
 @pytest.mark.parametrize("name", MIXES)
 def test_what_mixes_later_is_seen_while_it_is_switched_off(name):
     model, gate = model_of(MIXES[name])
-    mixing = mixing_of(model, (*map(tf.constant, batch()), None), True)
+    mixing = mixing_of(ExampleLosses(model, True), Batch(*map(tf.constant, batch())))
     assert not mixing.apart
     assert mixing.outputs.owner == "'of' (Of)"
     if "backward" not in name and "py_function" not in name:
@@ -224,7 +225,7 @@ def test_what_mixes_later_is_seen_while_it_is_switched_off(name):
 @pytest.mark.parametrize("name", APART)
 def test_what_keeps_examples_apart_is_not_refused(name):
     model, gate = model_of(APART[name])
-    mixing = mixing_of(model, (*map(tf.constant, batch()), None), True)
+    mixing = mixing_of(ExampleLosses(model, True), Batch(*map(tf.constant, batch())))
     assert mixing.apart, mixing
     off = jacobian(model, gate) * (1 - np.eye(N))
     assert off.max() < 1e-6
@@ -267,7 +268,7 @@ def test_mixing_in_the_loss_is_seen_for_any_targets(name):
     model, _ = model_of(APART["swish"])
     model.compile("sgd", Loss())
     x, y = batch()
-    mixing = mixing_of(model, (tf.constant(x), tf.constant(0 * y), None), True)
+    mixing = mixing_of(ExampleLosses(model, True), Batch(tf.constant(x), tf.constant(0 * y)))
     assert mixing.outputs is None
     assert mixing.apart == apart, mixing
 
@@ -297,7 +298,7 @@ def test_batch_normalization_unfrozen_without_compile_is_found_when_the_step_is_
     optimizer = keras_rgd.RGD(1.0)
     model.compile(optimizer, cases.CROSSENTROPY())
     model.train_on_batch(x[:6], y[:6])
-    assert optimizer.per_example_choice.way == "layerwise"
+    assert optimizer.per_example_choice.name == "layerwise"
     norm.trainable = True
     n = 6 if shapes == "one shape" else 9
     if shapes == "one shape":
@@ -310,7 +311,7 @@ def test_batch_normalization_unfrozen_without_compile_is_found_when_the_step_is_
         model.train_on_batch(x[:n], y[:n])
 
     step, right = dense_step(model, optimizer, x[:n], y[:n], take)
-    assert optimizer.per_example_choice.way == "double_backward"
+    assert optimizer.per_example_choice.name == "double_backward"
     assert reference.relative_error(step, right) < 1e-5
 
 
@@ -375,7 +376,7 @@ def test_a_count_over_the_batch_is_a_constant_of_the_gradient_and_is_seen_by_pie
     stack = [L.Embedding(9, 4, mask_zero=True), L.Dense(3)]
     model = keras_rgd.RGDSequential([keras.Input((T,), dtype="int32"), *stack])
     model.compile("sgd", cases.CROSSENTROPY())
-    mixing = mixing_of(model, (tf.constant(x), tf.constant(y), None), True)
+    mixing = mixing_of(ExampleLosses(model, True), Batch(tf.constant(x), tf.constant(y)))
     assert mixing.apart and mixing.lanes is None and mixing.batch is not None
     with pytest.raises(ValueError, match="changes with the batch it is in"):
         keras_rgd.spectrum(model, (x, y), verbose=False)

@@ -12,6 +12,7 @@ from test_layerwise import Own
 
 import keras_rgd
 from keras_rgd.direction import step_of
+from keras_rgd.per_example import Batch, ExampleLosses
 from keras_rgd.per_example.layerwise import layerwise
 from keras_rgd.per_example.layerwise.layerwise import Layerwise
 
@@ -131,7 +132,7 @@ def test_the_work_of_rows_of_combined_weights_is_counted():
     for model, x in ((tied(1000, 16), tokens), (merged(), inputs)):
         y = rng.integers(0, 100, n)
         _, optimizer = step(model, x, y, way="auto")
-        assert optimizer.per_example_choice.way == "layerwise"
+        assert optimizer.per_example_choice.name == "layerwise"
         assert "M_x is estimated" in str(optimizer.per_example_choice)
         batch = tf.constant(x), tf.constant(y)
         rows = n * sum(int(np.prod(w.shape)) for w in model.trainable_variables)
@@ -276,7 +277,7 @@ def test_the_step_says_so_where_float64_has_lost_the_digits(float64):
 
         @tf.function
         def lost(x, y, model=model):
-            return step_of(Layerwise(model, x, y), 0.0).lost_digits
+            return step_of(Layerwise(ExampleLosses(model, True), Batch(x, y)), 0.0).lost_digits
 
         found.append(bool(lost(x[:n].astype("float64"), y[:n].astype("float64"))))
     assert found == [False, True, False]
@@ -303,7 +304,7 @@ def test_noise_at_the_outputs_enters_both_sides_alike():
 
     @tf.function
     def both(x, y, noise=None):
-        way = Layerwise(model, x, y, cotangent_noise=noise)
+        way = Layerwise(ExampleLosses(model, True), Batch(x, y), cotangent_noise=noise)
         squares = way.reweighted_and_squares(m)
         return squares[0], way.reweighted_ordinarily(m), squares[1]
 

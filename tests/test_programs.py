@@ -86,7 +86,7 @@ def test_a_step_by_examples_takes_the_direction_of_a_dense_D(program):
     assert reference.relative_error(step, oracle.direction(epsilon)) <= 1e-4
     assert 0 < epsilon * np.linalg.eigvalsh(oracle.K)[-1] < 1
     choice = optimizer.per_example_choice
-    assert program.way in (None, choice.way), str(choice)
+    assert program.way in (None, choice.name), str(choice)
 
 
 @BY_EXAMPLES

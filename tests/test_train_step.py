@@ -232,7 +232,7 @@ def test_a_model_without_targets(form):
         "dict": {"a": X},
     }[form]
     model.fit(data, **({} if "set" in form else {"batch_size": 5}), verbose=0)
-    assert optimizer.per_example_choice.way == "layerwise"
+    assert optimizer.per_example_choice.name == "layerwise"
     G = rows(model, lambda: tf.reduce_sum(tf.square(X - model(X)), -1))
     step = moved(model, lambda: model.train_on_batch(x)) / 1e-2
     assert reference.relative_error(step, direction(G, float(optimizer.chosen_epsilon))) < 1e-5
@@ -451,7 +451,7 @@ def test_the_class_that_to_rgd_advises_can_be_made():
     model = RGDTask(L.Dense(4), 3)
     model.compile(optimizer, cases.CROSSENTROPY())
     model.fit(X, Y, verbose=0)
-    assert optimizer.per_example_choice.way == "layerwise"
+    assert optimizer.per_example_choice.name == "layerwise"
 
 
 @pytest.mark.parametrize("model", [None, "model.keras", L.Dense(3)])
@@ -464,5 +464,5 @@ def test_the_rgd_under_mixed_precision_is_found_in_its_wrapper():
     keras.config.set_dtype_policy("mixed_float16")
     model = classifier(keras_rgd.RGD(0.1), L.Dense(4))
     model.train_on_batch(X, Y)
-    assert keras_rgd.inner_rgd(model.optimizer).per_example_choice.way == "layerwise"
+    assert keras_rgd.inner_rgd(model.optimizer).per_example_choice.name == "layerwise"
     assert keras_rgd.inner_rgd(keras.optimizers.SGD()) is None

@@ -11,9 +11,9 @@ from unittest import mock
 import tensorflow as tf
 
 from keras_rgd._support import vectors
-from keras_rgd.per_example.batch import batch_size
+from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import working_dtype
-from keras_rgd.per_example.losses import call_model, example_losses
+from keras_rgd.per_example.losses import ExampleLosses
 
 _HALF = {"float16", "bfloat16"}
 
@@ -39,8 +39,9 @@ class Derivatives:
     def __init__(self, model, x, y, sample_weight, compiled=False):
         self.weights = [w.value for w in model.trainable_variables]
         self.dtype = working_dtype(self.weights)
-        self.n_examples = int(batch_size(x))
-        self._model, self._batch = model, (x, y, sample_weight)
+        self._batch = Batch(x, y, sample_weight)
+        self.n_examples = int(self._batch.size)
+        self._model, self._example_losses = model, ExampleLosses(model, training=False)
         if compiled:
             for name in OPERATIONS:
                 # TensorFlow counts retracing by code object: a partial has none.
@@ -147,11 +148,10 @@ class Derivatives:
 
     def _losses(self):
         """L(1), a scalar, and f, shape (N,)."""
-        x, y, sample_weight = self._batch
         with _twice_differentiable_moments():
-            y_pred = call_model(self._model, x, False)
+            y_pred = self._example_losses.forward(self._batch.x)
         ones = tf.ones([self.n_examples], self.dtype)
-        loss, derivatives = example_losses(self._model, x, y, y_pred, sample_weight, ones, False)
+        loss, derivatives = self._example_losses(self._batch, y_pred, ones)
         return tf.cast(loss, self.dtype), self.n_examples * tf.cast(derivatives, self.dtype)
 
     def _cotangents(self):

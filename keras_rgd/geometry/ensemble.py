@@ -4,7 +4,6 @@ import dataclasses
 import numbers
 import time
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -12,7 +11,7 @@ from keras_rgd import per_example as ways
 from keras_rgd._support.arguments import is_count
 from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
 from keras_rgd.geometry.point import Point
-from keras_rgd.per_example.losses import call_model, compute_loss
+from keras_rgd.per_example.losses import ExampleLosses
 
 # A covariance of more entries than this is not formed.
 _LARGEST_COVARIANCE = 5_000
@@ -124,7 +123,7 @@ def sgd_ensemble(
     if batch_size > n:
         raise ValueError(f"`batch_size` must be at most N = {n}. Received: batch_size={batch_size}")
     if n > 1:
-        ways.check_apart(model, *point.batch)
+        ways.check_smaller_batches(ways.ExampleLosses(model, training=False), point.batch)
     walk = _compiled_walk(model, point.batch, learning_rate)
     rng = np.random.default_rng(seed)
     moments = -(-steps // every)
@@ -158,16 +157,13 @@ def _batches(rng, n, size, count, replacement):
 
 def _compiled_walk(model, batch, learning_rate):
     """A function that takes one step for each row of indices."""
-    weights = [w.value for w in model.trainable_variables]
+    losses = ExampleLosses(model, training=False)
+    weights = losses.weights
 
     def one_step(step, indices):
-        chosen = keras.tree.map_structure(
-            lambda t: None if t is None else tf.gather(t, indices[step]), batch
-        )
-        x, y, sample_weight = chosen
+        chosen = batch.mapped(lambda t: tf.gather(t, indices[step]))
         with tf.GradientTape() as tape:
-            y_pred = call_model(model, x, False)
-            loss = compute_loss(model, x, y, y_pred, sample_weight, False)
+            loss = losses.total(chosen, losses.forward(chosen.x))
         for w, g in zip(weights, tape.gradient(loss, weights), strict=True):
             if g is not None:
                 w.assign_sub(learning_rate * tf.cast(tf.convert_to_tensor(g), w.dtype))

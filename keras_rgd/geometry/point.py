@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_rgd._support import vectors
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.geometry.derivatives import Derivatives
-from keras_rgd.measurement import as_batch, way_for
+from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.per_example.state import unchanged
 
 
@@ -49,7 +49,7 @@ class Point:
 
     def diffusion_matrix(self):
         """D at the model's present weights."""
-        return DiffusionMatrix(self._way(*self.batch))
+        return DiffusionMatrix(self._way(self.batch))
 
     def gradient(self):
         """v, the gradient of L(1)."""

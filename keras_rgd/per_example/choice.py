@@ -1,207 +1,156 @@
-"""Which way to per-example gradients is taken for a model, and why."""
+"""Which way to per-example gradients is taken in the training steps of a model, and why."""
 
 import dataclasses
-import functools
 
+import keras
 import tensorflow as tf
 
-from keras_rgd._support.arguments import check_way
-from keras_rgd.per_example import checks, vectorized_map_checks
-from keras_rgd.per_example.batch import (
-    batch_size,
-    first_examples,
-    known_size,
-    specs_of,
-    with_any_size,
-)
-from keras_rgd.per_example.measured import compiled_way
-from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.vectorized_map import Lanes, one_by_one, rows_function, vectorized
-from keras_rgd.per_example.way import chunk_of, make_way
+from keras_rgd.per_example import way as ways
+from keras_rgd.per_example.layerwise.check import check_layerwise
+from keras_rgd.per_example.layerwise.options import LayerwiseOptions
+from keras_rgd.per_example.losses import ExampleLosses
+from keras_rgd.per_example.not_exact import NotExactError
+from keras_rgd.per_example.smaller_batches import check_microbatches
+from keras_rgd.per_example.traces import specs_of, with_any_size
+from keras_rgd.per_example.vectorized_map_checks import check_vectorized_map
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """The way that a model's training steps take, and why."""
+class Wanted:
+    """What is asked of a way.
 
-    way: str
-    reason: str
-    n_examples: int
-    repeats: int = 0  # see `Layerwise`
+    Attributes:
+        per_example: its name, one of `keras_rgd._support.arguments.WAYS`.
+        chunk_size: examples whose gradients "vectorized_map" holds at once; `None` for all.
+        microbatch_size: examples that are differentiated together; `None` for all.
+        compiled: whether the step is compiled with XLA.
+    """
 
-    def __str__(self):
-        return f"{self.way}: {self.reason}"
+    per_example: str = "auto"
+    chunk_size: int | None = None
+    microbatch_size: int | None = None
+    compiled: bool = False
 
 
-def choose_way(
-    model, per_example, specs, *, batch=None, sizes=None, training, compiled, microbatch_size=None
-):
-    """The way for a model's training steps.
+def choose_way(losses, wanted, specs, batch=None, sizes=None):
+    """The `Way` for a model's training steps.
 
     "auto" takes "layerwise" where that is exact for the model, else "double_backward", which is
     for every model. What is exact is read off the model's graph; with a batch it is tried as well.
     The model is left as it was.
 
     Args:
-        model: a compiled, built model.
-        per_example: one of `keras_rgd._support.arguments.WAYS`.
-        specs: (x, y, sample_weight) that the step is traced for, tensors or a spec of each.
-        batch: the first batch. Defaults to `None`: by the graph alone, as where a step is traced
+        losses: the `ExampleLosses` of a compiled, built model.
+        wanted: a `Wanted`.
+        specs: a `Batch` of what the step is traced for, tensors or a spec of each.
+        batch: the first `Batch`. Defaults to `None`: by the graph alone, as where a step is traced
             once more.
         sizes: a batch that says what open sizes in `specs` may be. Defaults to `None`, `batch`.
-        training: whether layers behave as in training.
-        compiled: whether the step is compiled with XLA.
-        microbatch_size: examples that are differentiated together, or `None` for all.
-
-    Returns:
-        A `Choice`.
 
     Raises:
         ValueError: the way that was asked for is not exact for this model; names the layer.
     """
     sizes = batch if sizes is None else sizes
-    if batch is not None and not batch_size(batch[0]):
+    if batch is not None and not batch.size:
         batch = None  # no examples show nothing
-    if microbatch_size is not None:
-        checks.check_pieces(model, batch, specs, sizes)
-        # What is differentiated is a piece, or the rest.
-        batch = None if batch is None else first_examples(batch, microbatch_size)
-        specs = with_any_size(specs)
-        n = microbatch_size
-    else:
-        n = known_size(specs[0]) or (None if sizes is None else known_size(sizes[0]))
-    if per_example == "vectorized_map":
-        check_lanes(model, batch, specs, training=training, compiled=compiled, sizes=sizes)
-    if per_example in ("double_backward", "vectorized_map"):
-        return Choice(per_example, "as asked for", n)
+    if wanted.microbatch_size is None:
+        return _way(losses, wanted, specs, batch, sizes)
+    check_microbatches(losses, specs, batch, sizes)
+    # What is differentiated is a piece, or the rest.
+    size = wanted.microbatch_size
+    batch = None if batch is None else batch.first(size)
+    way = _way(losses, wanted, with_any_size(specs), batch, sizes, n=size)
+    return ways.in_microbatches(losses, way, size)
+
+
+def _way(losses, wanted, specs, batch, sizes, n=None):
+    """As `choose_way`, for batches that are taken whole; N where `specs` leaves it open."""
+    n = n or specs.known_size or (None if sizes is None else sizes.known_size)
+    if wanted.per_example == "vectorized_map":
+        check_vectorized_map(losses, specs, batch, sizes, wanted.compiled)
+        return ways.vectorized_map(losses, "as asked for", wanted.chunk_size, wanted.compiled)
+    if wanted.per_example == "double_backward":
+        return ways.double_backward(losses, "as asked for", wanted.chunk_size)
     try:
-        if model.run_eagerly:
-            raise checks.NotExactError(
-                "With run_eagerly=True there is no traced step to read.",
-                "Compile without it, or write per_example='double_backward' (or 'auto').",
-            )
-        traced = checks.check_layerwise(model, batch, specs, training, sizes=sizes, n=n)
-    except checks.NotExactError as error:
-        if per_example == "layerwise":
+        return _layerwise(losses, wanted, specs, batch, sizes, n)
+    except NotExactError as error:
+        if wanted.per_example == "layerwise":
             raise
-        return Choice("double_backward", error.reason, n)
-    if traced.gram_is_cheap:
+        return ways.double_backward(losses, error.reason, wanted.chunk_size)
+
+
+def _layerwise(losses, wanted, specs, batch, sizes, n):
+    if losses.model.run_eagerly:
+        raise NotExactError(
+            "With run_eagerly=True there is no traced step to read.",
+            "Compile without it, or write per_example='double_backward' (or 'auto').",
+        )
+    options = LayerwiseOptions(n=n or LayerwiseOptions.n)
+    shown = check_layerwise(losses, specs, options, batch, sizes)
+    if shown.gram_is_cheap:
         reason = "examples do not mix; M_x is bounded by a Gram matrix"
     else:
         reason = (
             f"examples do not mix; M_x is estimated, as at N = {n} a Gram matrix would take "
-            f"{traced.gram_work:.1f} times the products of an SGD step"
+            f"{shown.gram_work:.1f} times the products of an SGD step"
         )
-    return Choice("layerwise", reason, n, traced.repeats)
+    options = dataclasses.replace(options, compiled=wanted.compiled, repeats=shown.repeats)
+    return ways.layerwise(losses, options, reason)
 
 
-def check_lanes(model, batch, specs, *, training, compiled=False, sizes=None):
-    """Raise unless "vectorized_map" is exact for this model.
+class StepWays:
+    """The ways of one training function: chosen for its first batch, and wherever it is retraced.
 
-    Raises:
-        ValueError: names the layer that makes it inexact or impossible.
-    """
-    checks.check_lanes(model, batch, specs, training, sizes)
-    error = None if batch is None else _trial_error(model, batch, training, compiled)
-    if error is not None:
-        raise vectorized_map_checks.not_vectorizable(
-            model, batch[0], training, compiled, error
-        ) from error
-
-
-def _trial_error(model, batch, training, compiled):
-    """Run the lanes on two examples: why they cannot run, or None; they must be exact."""
-    batch = first_examples(batch, 2)
-    way = make_way(model, "vectorized_map", training=training, compiled=compiled)
-    received = []
-
-    @tf.function(jit_compile=compiled, autograph=False)
-    def gradient(*batch):
-        return way(*batch).gradient
-
-    with unchanged(model):
-        error = vectorized_map_checks.trial_fails(lambda: received.extend(gradient(*batch)))
-    if error is None:
-        checks.check_gradient(model, *batch, training, received)
-    return error
-
-
-def measuring_way(
-    model,
-    x,
-    y,
-    sample_weight,
-    *,
-    training,
-    per_example="auto",
-    chunk_size=None,
-    precise=True,
-):
-    """A function (x, y, sample_weight) -> `PerExampleGradients` for use outside a graph.
-
-    "auto" takes "layerwise" where that is exact for this model; else one example a lane where
-    that is, with `tf.vectorized_map` where it can run it, or one backward pass an example
-    ("one_by_one"); else "double_backward", whose Gram matrix costs N backward passes over the
-    batch.
+    A step that is traced once more, for another shape or with other layers frozen, is never taken
+    by a way that is not exact for it any more.
 
     Args:
-        model: a compiled, built model.
-        x: a batch on which the choice is made, and to which the function may be applied.
-        y: its targets.
-        sample_weight: its sample weights or `None`.
-        training: whether layers behave as in training.
-        per_example: one of `keras_rgd._support.arguments.WAYS`.
-        chunk_size: examples whose gradients are held at once. Defaults to `None`, as many as fit
-            in 1 GiB.
-        precise: whether "layerwise" works in float64, as the Gram matrix of one batch should.
-            Defaults to `True`.
+        model: the model.
+        wanted: a `Wanted`.
+        told: a function of the `Way`, called where it is another than before.
 
-    Raises:
-        ValueError: the way that was asked for is not exact or not possible.
+    Attributes:
+        last: the `Way` chosen last, `None` at first.
     """
-    check_way(per_example, chunk_size)
-    batch, way, repeats = (x, y, sample_weight), per_example, 0
-    if way in ("auto", "layerwise"):
-        way, repeats = _layerwise_if_exact(model, batch, training, precise, asked=way)
-    if way == "auto":
-        way = _measuring_choice(model, batch, training)
-    elif way == "vectorized_map":
-        check_lanes(model, batch, specs_of(batch), training=training)
-    if way == "layerwise":
-        make = make_way(model, way, training=training, n_examples=batch_size(x), repeats=repeats)
-        return functools.partial(compiled_way(functools.partial(make, precise=precise), way), model)
-    chunk_size = chunk_of(model) if chunk_size is None else chunk_size
-    if way == "double_backward":
-        make = make_way(model, way, training=training, chunk_size=chunk_size)
-        return functools.partial(compiled_way(make, way), model)
-    mapping = one_by_one if way == "one_by_one" else vectorized
-    rows = rows_function(model, training, mapping)
 
-    def measure(x, y, sample_weight=None):
-        whole = chunk_size >= batch_size(x)
-        options = dict(chunk_size=None if whole else chunk_size, rows=rows, way=way)
-        with unchanged(model):
-            return Lanes(model, x, y, sample_weight, training, 1.0, **options)
+    def __init__(self, model, wanted, told):
+        self._losses, self._wanted = ExampleLosses(model, training=True), wanted
+        self._told = told
+        self.last = None
+        self._sizes = None
+        self._ways = {}  # by what is known of a step when it is traced
 
-    return measure
+    def choose(self, specs, batch=None):
+        """The `Way` for a step that is traced for these specs.
 
+        Args:
+            specs: a `Batch` of tensors or of a spec of each.
+            batch: the first batch of this fit; `None` where its step is traced once more.
+        """
+        wanted = self._wanted
+        if wanted.per_example == "auto" and self.last and self.last.name == "double_backward":
+            wanted = dataclasses.replace(wanted, per_example="double_backward")
+        if batch is not None:
+            self._sizes = specs_of(batch)
+        way = choose_way(self._losses, wanted, specs, batch, self._sizes)
+        if self.last is None or way.name != self.last.name:
+            self.last = way
+            self._told(way)
+        self._ways[self._key(specs)] = way
+        return way
 
-def _layerwise_if_exact(model, batch, training, precise, asked):
-    """("layerwise", its repeats) where that is exact; else `asked`, or the refusal of it."""
-    try:
-        shown = checks.check_layerwise(model, batch, specs_of(batch), training, precise=precise)
-        return "layerwise", shown.repeats
-    except checks.NotExactError:
-        if asked == "layerwise":
-            raise
-        return asked, 0
+    def for_batch(self, batch):
+        """The way for the step at hand, chosen anew where it is another than was asked about."""
+        way = self._ways.get(self._key(batch))
+        if way is None:
+            way = self.choose(batch.mapped(lambda t: tf.TensorSpec(t.shape, t.dtype)))
+        return way
 
-
-def _measuring_choice(model, batch, training):
-    """The way where "layerwise" is not exact."""
-    try:
-        checks.check_lanes(model, batch, specs_of(batch), training)
-        error = _trial_error(model, batch, training, compiled=False)
-    except checks.NotExactError:
-        return "double_backward"
-    return "vectorized_map" if error is None else "one_by_one"
+    def _key(self, batch):
+        """What is known of a step when it is traced: shapes, and what is trained."""
+        model = self._losses.model
+        shapes = tuple(
+            None if t is None else (str(t.shape), t.dtype) for t in keras.tree.flatten(tuple(batch))
+        )
+        trained = tuple(id(v) for v in model.trainable_variables)
+        return shapes, trained, tuple(layer.trainable for layer in model._flatten_layers())

@@ -7,9 +7,7 @@ training), for the very Dropout masks of the step, and for recurrent layers.
 import tensorflow as tf
 
 from keras_rgd._support import vectors
-from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows
-from keras_rgd.per_example.losses import call_model, example_losses
 
 
 class DoubleBackward(PerExampleGradients):
@@ -20,11 +18,8 @@ class DoubleBackward(PerExampleGradients):
     more memory than the rest.
 
     Args:
-        model: a compiled, built model.
-        x: inputs, axis 0 of length N; a nested structure for several inputs.
-        y: targets.
-        sample_weight: the user's sample weights (class weights included), or `None`.
-        training: whether layers behave as in training.
+        losses: the `ExampleLosses` of a model.
+        batch: a `Batch`.
         loss_scale: factor that keeps half-precision gradients in range; it cancels from every
             result. Defaults to `1.0`.
         chunk_size: how many examples' gradients `gram` may hold at once. Defaults to `None`, all.
@@ -36,25 +31,21 @@ class DoubleBackward(PerExampleGradients):
     way = "double_backward"
     gram_is_cheap = False
 
-    def __init__(
-        self, model, x, y, sample_weight=None, training=True, loss_scale=1.0, chunk_size=None
-    ):
-        self.weights = [w.value for w in model.trainable_variables]
-        self.n_examples = batch_size(x)
+    def __init__(self, losses, batch, loss_scale=1.0, chunk_size=None):
+        self.weights = losses.weights
+        self.n_examples = batch.size
         self._holds_all_rows = chunk_size is None or (
             isinstance(self.n_examples, int) and chunk_size >= self.n_examples
         )
-        self._model = model
+        self._model = losses.model
         self._n = tf.cast(self.n_examples, self.dtype)
         self._scale = tf.cast(loss_scale, self.dtype)
         self._u = u = tf.ones([self.n_examples], self.dtype)
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as by_example:
             by_example.watch(u)
             with tf.GradientTape(persistent=True) as by_weight:
-                self.y_pred = call_model(model, x, training)
-                self.loss, derivatives = example_losses(
-                    model, x, y, self.y_pred, sample_weight, u, training
-                )
+                self.y_pred = losses.forward(batch.x)
+                self.loss, derivatives = losses(batch, self.y_pred, u)
                 scaled_loss = tf.cast(self.loss, self.dtype) * self._scale
                 # f, scaled; its cotangents are the weights of `combine`.
                 self._scaled_losses = self._n * self._scale * tf.cast(derivatives, self.dtype)

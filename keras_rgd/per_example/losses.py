@@ -9,14 +9,159 @@ import inspect
 import keras
 import tensorflow as tf
 
+from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.layer_calls import class_name
 
 
-def call_model(model, x, training):
-    """The model's output; `training` only where its `call` takes it, as Keras does."""
-    if model._call_has_training_arg:
-        return model(x, training=training)
-    return model(x)
+class ExampleLosses:
+    """f_1, ..., f_N of any batch of one model, in training or in evaluation mode.
+
+    The ranks of the losses' values, which say what shape the examples' weights must have, are
+    asked once for each shape of batch.
+
+    Args:
+        model: a compiled, built model.
+        training: whether its layers behave as in training.
+    """
+
+    def __init__(self, model, training):
+        self.model, self.training = model, training
+        self._ranks = {}
+
+    @property
+    def weights(self):
+        """The trainable weights, a list of `tf.Variable`."""
+        return [w.value for w in self.model.trainable_variables]
+
+    def forward(self, x):
+        """The model's output; `training` only where its `call` takes it, as Keras does."""
+        if self.model._call_has_training_arg:
+            return self.model(x, training=self.training)
+        return self.model(x)
+
+    def __call__(self, batch, y_pred, u):
+        """L(u) and its derivatives by the weights u of the examples.
+
+        Args:
+            batch: a `Batch`.
+            y_pred: the model's output for `batch.x`, already computed.
+            u: ones of shape (N,).
+
+        Returns:
+            `(loss, derivatives)`: a scalar, and dL/du = f / N of shape (N,); tapes that are open
+            see both.
+
+        Raises:
+            ValueError: where the loss gives no f_i: it is one scalar for the whole batch, ignores
+                the sample weights, is not linear in them, or is not reduced to a scalar.
+        """
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as linearity:
+            linearity.watch(u)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(u)
+                loss = self.of_weighted(batch, y_pred, u)
+            _check_scalar(loss)
+            derivatives = tape.gradient(loss, u)
+        if derivatives is None:
+            raise ValueError(_IGNORES_WEIGHTS.format(class_name(self.model)))
+        # Where the tape finds no path from dL/du back to u, L is linear in u, for every batch.
+        if linearity.gradient(derivatives, u) is not None:
+            raise ValueError(_NOT_LINEAR.format(self.model.loss))
+        return loss, derivatives
+
+    def of_weighted(self, batch, y_pred, u):
+        """L(u), a scalar tensor."""
+        weights = self._weights(batch, y_pred, u)
+        loss = self.total(Batch(batch.x, batch.y, weights), y_pred)
+        # Keras does not reduce the values of no examples.
+        return tf.reduce_sum(loss) if loss.shape == (0,) else loss
+
+    def total(self, batch, y_pred):
+        """The loss that `fit` reports: what `model.compute_loss` returns, a tensor."""
+        arguments = dict(x=batch.x, y=batch.y, y_pred=y_pred, sample_weight=batch.sample_weight)
+        # `training` came to compute_loss in Keras 3.3; models written before do not take it.
+        if "training" in inspect.signature(self.model.compute_loss).parameters:
+            arguments["training"] = self.training
+        return tf.convert_to_tensor(self.model.compute_loss(**arguments))
+
+    def _weights(self, batch, y_pred, u):
+        """U times the user's weights, for each loss in the rank of that loss's values.
+
+        A loss over time has values (N, T): weights of shape (N,) would not broadcast, or at N = T
+        would weight the timesteps.
+        """
+        ranks, user = self._ranks_for(batch, y_pred), batch.sample_weight
+        if not ranks:
+            # A `compute_loss` of the user's own: weights as the user gives them.
+            given = u if user is None else user
+            return keras.tree.map_structure(lambda s: u if s is u else _times(u, s, 1), given)
+        if list(ranks) == [()]:
+            return _times(u, user, ranks[()])
+        nested = {}
+        for path, rank in ranks.items():
+            own = user
+            if own is not None and keras.tree.is_nested(own):
+                for key in path:
+                    own = own[key]
+            place = nested
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = _times(u, own, rank)
+        return nested
+
+    def _ranks_for(self, batch, y_pred):
+        """The rank of each compiled loss's values, by its path in the model's output."""
+        given = (batch.x, batch.y, y_pred)
+        flat = keras.tree.flatten(given)
+        key = tuple(None if t is None else (str(t.shape), t.dtype) for t in flat)
+        if key not in self._ranks:
+            self._ranks[key] = self._asked_ranks(given, flat)
+        return self._ranks[key]
+
+    def _asked_ranks(self, given, flat):
+        """The losses are asked themselves, in a graph that is never run, so no metric moves."""
+        if self.model._compile_loss is None:
+            return {}
+
+        def compute(*tensors):
+            tensors = iter(tensors)
+            packed = [None if t is None else next(tensors) for t in flat]
+            x, y, y_pred = keras.tree.pack_sequence_as(given, packed)
+            return self.total(Batch(x, y), y_pred)
+
+        def trace():
+            specs = [tf.type_spec_from_value(t) for t in flat if t is not None]
+            tf.function(compute, autograph=False).get_concrete_function(*specs)
+
+        if not self.model._compile_loss.built:
+            trace()
+        if not self.model._compile_loss.built:
+            return {}  # a `compute_loss` of the user's own that never asks the compiled losses
+        return self._recorded_ranks(trace)
+
+    def _recorded_ranks(self, trace):
+        """The ranks by path, from what the compiled losses return while `trace()` runs."""
+        losses, calls, ranks = self.compiled_losses(), [], {}
+        for loss in losses:
+            _check_reduction(loss)
+            loss.call = _recording(loss, calls)
+        try:
+            trace()
+        finally:
+            for loss in losses:
+                loss.__dict__.pop("call", None)
+        # One loss object may serve several outputs, so it is the order of the calls that tells.
+        for path, loss, _, _ in self.model._compile_loss._flat_losses:
+            first = next((i for i, (called, _) in enumerate(calls) if called is loss), None)
+            if first is not None:
+                path = tuple(path)
+                ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
+        return ranks
+
+    def compiled_losses(self):
+        """The losses that the model was compiled with, once `compute_loss` has built them."""
+        flat = getattr(self.model._compile_loss, "_flat_losses", None) or []
+        return [loss for _, loss, _, _ in flat]
 
 
 def what_losses_read(y_pred):
@@ -48,91 +193,9 @@ def replaced(y_pred, function):
     return keras.tree.map_structure(one, y_pred)
 
 
-def example_losses(model, x, y, y_pred, sample_weight, u, training):
-    """L(u) and its derivatives by the weights u of the examples.
-
-    Args:
-        model: a compiled model.
-        x: the batch's inputs.
-        y: the batch's targets.
-        y_pred: the model's output for `x`, already computed.
-        sample_weight: the user's sample weights (class weights included) or `None`.
-        u: ones of shape (N,).
-        training: passed to `compute_loss`.
-
-    Returns:
-        `(loss, derivatives)`: a scalar, and dL/du = f / N of shape (N,); tapes that are open
-        see both.
-
-    Raises:
-        ValueError: where the loss gives no f_i: it is one scalar for the whole batch, ignores the
-            sample weights, is not linear in them, or is not reduced to a scalar.
-    """
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as linearity:
-        linearity.watch(u)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(u)
-            weights = _weights(model, x, y, y_pred, sample_weight, u, training)
-            loss = compute_loss(model, x, y, y_pred, weights, training)
-            if loss.shape == (0,):
-                loss = tf.reduce_sum(loss)  # Keras does not reduce the values of no examples
-        if loss.shape.rank != 0:
-            raise ValueError(
-                "The loss must be reduced to a scalar over the batch. Expected a loss with "
-                "reduction='sum_over_batch_size' (the default) or 'sum'. "
-                f"Received: a loss of shape {tuple(loss.shape)} (reduction=None?)."
-            )
-        derivatives = tape.gradient(loss, u)
-    if derivatives is None:
-        raise ValueError(
-            "The loss does not depend on the sample weights, so it has no per-example losses: "
-            f"`{class_name(model)}.compute_loss` must use its `sample_weight` argument, and "
-            "the model must be compiled with a `loss` (`add_loss` alone gives one number for the "
-            "whole batch)."
-        )
-    # No path from dL/du back to u: L is linear in u, for every batch.
-    if linearity.gradient(derivatives, u) is not None:
-        raise ValueError(
-            "The loss is not linear in the sample weights, so it is not a sum of per-example "
-            "losses. Expected a loss with reduction='sum_over_batch_size' or 'sum' and a "
-            f"`compute_loss` linear in `sample_weight`. Received: loss={model.loss}."
-        )
-    return loss, derivatives
-
-
-def compute_loss(model, x, y, y_pred, sample_weight, training):
-    """What `model.compute_loss` returns, a tensor."""
-    # `training` came to compute_loss in Keras 3.3; models written before do not take it.
-    arguments = dict(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-    if "training" in inspect.signature(model.compute_loss).parameters:
-        arguments["training"] = training
-    return tf.convert_to_tensor(model.compute_loss(**arguments))
-
-
-def _weights(model, x, y, y_pred, sample_weight, u, training):
-    """U times the user's weights, for each loss in the rank of that loss's values.
-
-    A loss over time has values (N, T): weights of shape (N,) would not broadcast, or at N = T
-    would weight the timesteps.
-    """
-    ranks = _loss_ranks(model, x, y, y_pred, training)
-    if not ranks:
-        # A `compute_loss` of the user's own: weights as the user gives them.
-        given = u if sample_weight is None else sample_weight
-        return keras.tree.map_structure(lambda s: u if s is u else _times(u, s, 1), given)
-    if list(ranks) == [()]:
-        return _times(u, sample_weight, ranks[()])
-    nested = {}
-    for path, rank in ranks.items():
-        user = sample_weight
-        if user is not None and keras.tree.is_nested(user):
-            for key in path:
-                user = user[key]
-        place = nested
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = _times(u, user, rank)
-    return nested
+def has_mask(y_pred):
+    """Whether an output that a loss may read carries a mask, whose losses count valid steps."""
+    return any(getattr(t, "_keras_mask", None) is not None for t in what_losses_read(y_pred))
 
 
 def _times(u, user, rank):
@@ -149,43 +212,6 @@ def _expanded(tensor, rank):
     return shape + [1] * (rank - tensor.shape.rank)
 
 
-def _loss_ranks(model, x, y, y_pred, training):
-    """The rank of each compiled loss's values, by its path in the model's output.
-
-    The losses are asked themselves, in a graph that is never run, so no metric moves.
-    """
-    ranks = {}
-    if model._compile_loss is None:
-        return ranks
-    trace = _tracer(model, x, y, y_pred, training)
-    if not model._compile_loss.built:
-        trace()
-    if not model._compile_loss.built:
-        return ranks  # a `compute_loss` of the user's own that never asks the compiled losses
-    losses = compiled_losses(model)
-    calls = []
-    for loss in losses:
-        _check_reduction(loss)
-        loss.call = _recording(loss, calls)
-    try:
-        trace()
-    finally:
-        for loss in losses:
-            loss.__dict__.pop("call", None)
-    # One loss object may serve several outputs, so it is the order of the calls that tells.
-    for path, loss, _, _ in model._compile_loss._flat_losses:
-        first = next((i for i, (called, _) in enumerate(calls) if called is loss), None)
-        if first is not None:
-            path = tuple(path)
-            ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
-    return ranks
-
-
-def compiled_losses(model):
-    """The losses that a model was compiled with, once `compute_loss` has built them."""
-    return [loss for _, loss, _, _ in getattr(model._compile_loss, "_flat_losses", None) or []]
-
-
 def _recording(loss, calls):
     def recording_call(y_true, y_pred):
         values = type(loss).call(loss, y_true, y_pred)
@@ -196,21 +222,26 @@ def _recording(loss, calls):
     return recording_call
 
 
-def _tracer(model, x, y, y_pred, training):
-    arguments = (x, y, y_pred)
-    flat = keras.tree.flatten(arguments)
-    specs = [tf.type_spec_from_value(t) for t in flat if t is not None]
+_IGNORES_WEIGHTS = (
+    "The loss does not depend on the sample weights, so it has no per-example losses: "
+    "`{}.compute_loss` must use its `sample_weight` argument, and the model must be compiled with "
+    "a `loss` (`add_loss` alone gives one number for the whole batch)."
+)
 
-    def compute(*tensors):
-        tensors = iter(tensors)
-        packed = [None if t is None else next(tensors) for t in flat]
-        packed = keras.tree.pack_sequence_as(arguments, packed)
-        return compute_loss(model, *packed, None, training)
+_NOT_LINEAR = (
+    "The loss is not linear in the sample weights, so it is not a sum of per-example losses. "
+    "Expected a loss with reduction='sum_over_batch_size' or 'sum' and a `compute_loss` linear in "
+    "`sample_weight`. Received: loss={}."
+)
 
-    def trace():
-        tf.function(compute, autograph=False).get_concrete_function(*specs)
 
-    return trace
+def _check_scalar(loss):
+    if loss.shape.rank != 0:
+        raise ValueError(
+            "The loss must be reduced to a scalar over the batch. Expected a loss with "
+            "reduction='sum_over_batch_size' (the default) or 'sum'. "
+            f"Received: a loss of shape {tuple(loss.shape)} (reduction=None?)."
+        )
 
 
 def _check_reduction(loss):

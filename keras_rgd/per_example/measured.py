@@ -1,25 +1,33 @@
-"""Per-example gradients outside a training step: each operation one compiled function."""
+"""Per-example gradients outside a training step: each operation one graph function."""
 
 import functools
 
 import tensorflow as tf
 
-from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.gradients import PerExampleGradients
 from keras_rgd.per_example.state import unchanged
+from keras_rgd.per_example.way import Way
 
 _OPERATIONS = ("dot", "combine", "combine_many", "gram", "rows", "squares", "images")
 
 
-def compiled_way(make, way):
-    """`make(x, y, sample_weight)`, with its operations as graph functions.
+def measured(losses, way):
+    """A way inside a graph as one outside of it, with its operations as graph functions.
 
     Each operation repeats the forward pass from the same seeds and moving statistics, and leaves
     them as they were.
+
+    Args:
+        losses: the `ExampleLosses` that `way` is of.
+        way: a `Way`.
     """
-    start = _graph_function(_start, make)
-    operations = {name: _graph_function(_operate, make, name) for name in _OPERATIONS}
-    return lambda model, *batch: Compiled(way, model, batch, start, operations)
+    start = _graph_function(_start, way)
+    operations = {name: _graph_function(_operate, way, name) for name in _OPERATIONS}
+
+    def make(batch, loss_scale):
+        return Measured(losses, batch, way.name, start, operations)
+
+    return Way(way.name, way.reason, make)
 
 
 def _graph_function(function, *arguments):
@@ -28,29 +36,37 @@ def _graph_function(function, *arguments):
     return tf.function(partial, reduce_retracing=True, autograph=False)
 
 
-def _start(make, x, y, sample_weight):
-    gradients = make(x, y, sample_weight)
+def _start(way, batch):
+    gradients = way(batch)
     return gradients.loss, gradients.y_pred, gradients.gradient, gradients.mean()
 
 
-def _operate(make, name, batch, *arguments):
-    return getattr(make(*batch), name)(*arguments)
+def _operate(way, name, batch, *arguments):
+    return getattr(way(batch), name)(*arguments)
 
 
-class Compiled(PerExampleGradients):
-    """One batch's per-example gradients, each operation a graph function of the batch."""
+class Measured(PerExampleGradients):
+    """One batch's per-example gradients, each operation a graph function of the batch.
 
-    def __init__(self, way, model, batch, start, operations):
+    Args:
+        losses: the `ExampleLosses` of a model.
+        batch: a `Batch`.
+        way: the name of the way.
+        start: the graph function from a batch to what all operations share.
+        operations: the graph functions of the operations, by their names.
+    """
+
+    def __init__(self, losses, batch, way, start, operations):
         self.way, self.gram_is_cheap = way, way == "layerwise"
-        self._model, self._batch = model, batch
+        self._model, self._batch = losses.model, batch
         self._start, self._operations = start, operations
-        self.weights = [w.value for w in model.trainable_variables]
-        self.n_examples = batch_size(batch[0])
+        self.weights = losses.weights
+        self.n_examples = batch.size
 
     @functools.cached_property
     def _started(self):
         with unchanged(self._model):
-            return self._start(*self._batch)
+            return self._start(self._batch)
 
     @property
     def loss(self):

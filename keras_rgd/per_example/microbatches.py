@@ -4,11 +4,11 @@ import keras
 import tensorflow as tf
 
 from keras_rgd._support import vectors
-from keras_rgd.per_example.batch import batch_size
+from keras_rgd.per_example.batch import mapped
 from keras_rgd.per_example.gradients import PerExampleGradients
 
 
-class Pieces(PerExampleGradients):
+class Microbatches(PerExampleGradients):
     """Each operation is one pass over pieces of `size` examples and the rest; inside a graph only.
 
     Memory is that of one piece, beside the batch, the model's outputs for it and a few numbers an
@@ -16,25 +16,23 @@ class Pieces(PerExampleGradients):
     statistics and metrics as that left them.
 
     Args:
-        model: a compiled, built model, for which no example of a piece enters another's loss.
-        make: the function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` of a piece.
-        way: the name of what that makes.
+        losses: the `ExampleLosses` of a model for which no example of a piece enters another's
+            loss.
+        batch: a `Batch`.
+        loss_scale: as for `way`.
+        way: the `Way` for a piece.
         state: the variables that a forward pass may change.
         size: examples in a piece.
-        x: inputs, axis 0 of length N; a nested structure for several inputs.
-        y: targets.
-        sample_weight: the user's sample weights (class weights included), or `None`.
-        loss_scale: as for `make`.
     """
 
     gram_is_cheap = False
 
-    def __init__(self, model, make, way, state, size, x, y, sample_weight, loss_scale):
-        self.way = way
-        self.weights = [w.value for w in model.trainable_variables]
-        self.n_examples = batch_size(x)
-        self._make, self._size, self._scale = make, size, loss_scale
-        self._batch = (x, y, sample_weight)
+    def __init__(self, losses, batch, loss_scale=1.0, *, way, state, size):
+        self.way = way.name
+        self.weights = losses.weights
+        self.n_examples = batch.size
+        self._way, self._size, self._scale = way, size, loss_scale
+        self._batch = batch
         self._state = [(v, tf.identity(v.value)) for v in state]
         self._passed = False
 
@@ -88,16 +86,16 @@ class Pieces(PerExampleGradients):
 
         @tf.function(autograph=False)
         def of_piece(batch, part):
-            return function(self._make(*batch, self._scale), part)
+            return function(self._way(batch, self._scale), part)
 
         if isinstance(n, int) and n <= size:
             return of_piece(*given)
         count = n // size
-        traced = of_piece.get_concrete_function(*_mapped(lambda t: _spec(t, size), given))
+        traced = of_piece.get_concrete_function(*mapped(lambda t: _spec(t, size), given))
         outputs = keras.tree.flatten(traced.structured_outputs[1])
 
         def body(i, sums, arrays):
-            more, parts = of_piece(*_mapped(lambda t: _taken(t, i * size, size), given))
+            more, parts = of_piece(*mapped(lambda t: _taken(t, i * size, size), given))
             parts = keras.tree.flatten(parts)
             arrays = [a.write(i, t) for a, t in zip(arrays, parts, strict=True)]
             return i + 1, vectors.add(sums, more), arrays
@@ -113,7 +111,7 @@ class Pieces(PerExampleGradients):
         rest = n - count * size
 
         def of_rest():
-            more, parts = of_piece(*_mapped(lambda t: t[count * size :], given))
+            more, parts = of_piece(*mapped(lambda t: t[count * size :], given))
             return more, keras.tree.flatten(parts)
 
         def nothing():
@@ -127,10 +125,6 @@ class Pieces(PerExampleGradients):
         sums = vectors.add(sums, more)
         whole = [tf.concat(pair, 0) for pair in zip(whole, parts, strict=True)]
         return sums, keras.tree.pack_sequence_as(traced.structured_outputs[1], whole)
-
-
-def _mapped(function, tree):
-    return keras.tree.map_structure(lambda t: None if t is None else function(t), tree)
 
 
 def _spec(tensor, size):

@@ -4,8 +4,9 @@ import keras
 import tensorflow as tf
 
 from keras_rgd._support.arguments import check_training
-from keras_rgd.per_example.batch import known_size
+from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import DoubleBackward
+from keras_rgd.per_example.losses import ExampleLosses
 
 
 def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True):
@@ -35,17 +36,15 @@ def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True
         raise ValueError(
             f"Model '{model.name}' is not built, so it has no weights. Call it on data first."
         )
-    x, y, sample_weight = keras.tree.map_structure(
-        lambda t: None if t is None else tf.convert_to_tensor(t), (x, y, sample_weight)
-    )
+    batch = Batch(x, y, sample_weight).mapped(tf.convert_to_tensor)
     check_training(training)
-    lengths = {known_size(t) for t in (x, y, sample_weight) if t is not None} - {None}
+    lengths = {Batch(part).known_size for part in batch if part is not None} - {None}
     if len(lengths) > 1:
         raise ValueError(
             "Inputs, targets and sample weights must have one axis 0, of the examples. Received: "
             f"lengths {sorted(lengths)}"
         )
-    return DoubleBackward(model, x, y, sample_weight, training)
+    return DoubleBackward(ExampleLosses(model, training), batch)
 
 
 def check_model(model):

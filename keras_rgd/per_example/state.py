@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -44,3 +45,32 @@ def seed_generators(model):
     ]
     # A shared layer is met more than once.
     return list(dict.fromkeys(generators))
+
+
+def layers_that_change_state(losses, x, concerns=lambda variable: True):
+    """The layers that change a variable in a forward pass, which is undone.
+
+    Args:
+        losses: the `ExampleLosses` of a model.
+        x: inputs.
+        concerns: which variables count, a function of one. Defaults to all.
+    """
+    variables = [v for v in state_of(losses.model) if concerns(v)]
+    before = [v.numpy() for v in variables]
+    with unchanged(losses.model):
+        losses.forward(x)
+        after = [v.numpy() for v in variables]
+    changed = {
+        id(v) for v, a, b in zip(variables, before, after, strict=True) if not np.array_equal(a, b)
+    }
+    owners = [
+        layer
+        for layer in losses.model._flatten_layers(include_self=True)
+        if changed & {id(v) for v in _own_state(layer)}
+    ]
+    # A container holds its layers' variables too; the innermost owner is the one to name.
+    return [a for a in owners if not any(b is not a and b in a._flatten_layers() for b in owners)]
+
+
+def _own_state(layer):
+    return layer.variables + keras.tree.flatten(getattr(layer, "states", []))

@@ -12,9 +12,8 @@ import keras
 import tensorflow as tf
 
 from keras_rgd._support import vectors
-from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.gradients import PerExampleGradients, centered, gram_of_rows, products
-from keras_rgd.per_example.losses import call_model, example_losses, what_losses_read
+from keras_rgd.per_example.losses import what_losses_read
 
 # A batched matrix product that vectorizing makes out of attention crashes the process in TF's
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
@@ -24,15 +23,12 @@ CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "Batc
 NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
 
 
-class Lanes(PerExampleGradients):
+class VectorizedMap(PerExampleGradients):
     """Rows g_i of G, in chunks of `chunk_size` examples.
 
     Args:
-        model: a compiled, built model whose examples do not mix.
-        x: inputs, axis 0 of length N; a nested structure for several inputs.
-        y: targets.
-        sample_weight: the user's sample weights (class weights included), or `None`.
-        training: whether layers behave as in training.
+        losses: the `ExampleLosses` of a model whose examples do not mix.
+        batch: a `Batch`.
         loss_scale: factor that keeps half-precision gradients in range; it cancels.
         chunk_size: examples whose gradients are held at once. One chunk is computed once and
             kept; several are computed again for each operation, so that N d need not fit in
@@ -43,38 +39,36 @@ class Lanes(PerExampleGradients):
 
     gram_is_cheap = True
 
-    def __init__(self, model, x, y, sample_weight, training, loss_scale, chunk_size, rows, way):
+    def __init__(self, losses, batch, loss_scale=1.0, *, chunk_size, rows, way="vectorized_map"):
         self.way = way
-        self.weights = [w.value for w in model.trainable_variables]
-        self.n_examples = batch_size(x)
+        self.weights = losses.weights
+        self.n_examples = batch.size
         self._scale = tf.cast(loss_scale, self.dtype)
         self._rows_function = rows
         self._n = tf.cast(self.n_examples, self.dtype)
-        cotangents, r_gradient = self._batch_pass(model, x, y, sample_weight, training)
+        cotangents, r_gradient = self._batch_pass(losses, batch)
         self._chunk_size = chunk_size
         if chunk_size is None:
-            self._rows = self._rows_of((x, cotangents))
+            self._rows = self._rows_of((batch.x, cotangents))
         else:
-            self._chunks = _split((x, cotangents), self.n_examples, chunk_size)
+            self._chunks = _split((batch.x, cotangents), self.n_examples, chunk_size)
         # In chunks each mean is a pass over all examples.
         self._mean = super().mean()
         self.gradient = self._mean
         if r_gradient is not None:
             self.gradient = vectors.add(self._mean, r_gradient)
 
-    def _batch_pass(self, model, x, y, sample_weight, training):
+    def _batch_pass(self, losses, batch):
         """One forward pass: the cotangents of the outputs, and grad r where there is an r."""
         u = tf.ones([self.n_examples], self.dtype)
         with tf.GradientTape(persistent=True) as tape:
             with tape.stop_recording():
-                self.y_pred = call_model(model, x, training)
-            if model.losses:  # known only after a forward pass; r then needs a recorded one
-                self.y_pred = call_model(model, x, training)
+                self.y_pred = losses.forward(batch.x)
+            if losses.model.losses:  # known only after a forward pass; r then needs a recorded one
+                self.y_pred = losses.forward(batch.x)
             outputs = what_losses_read(self.y_pred)
             tape.watch(outputs)
-            self.loss, derivatives = example_losses(
-                model, x, y, self.y_pred, sample_weight, u, training
-            )
+            self.loss, derivatives = losses(batch, self.y_pred, u)
             f_mean = tf.reduce_sum(tf.cast(derivatives, self.dtype))
             scaled = self._scale * f_mean
             r = tf.cast(self.loss, self.dtype) - f_mean
@@ -82,7 +76,7 @@ class Lanes(PerExampleGradients):
         zero = tf.UnconnectedGradients.ZERO
         cotangents = tape.gradient(scaled, outputs, unconnected_gradients=zero)
         r_gradient = None
-        if model.losses:
+        if losses.model.losses:
             r_gradient = self.cast(tape.gradient(r, self.weights, unconnected_gradients=zero))
         return cotangents, r_gradient
 
@@ -174,12 +168,11 @@ def _split(tensors, n, chunk_size):
     return keras.tree.map_structure(split, tensors)
 
 
-def rows_function(model, training, mapping, compiled=False):
+def rows_function(losses, mapping, compiled=False):
     """The function from a chunk (x, cotangents) to the chunk's rows of G.
 
     Args:
-        model: the model.
-        training: whether layers behave as in training.
+        losses: the `ExampleLosses` of a model.
         mapping: `vectorized` or `one_by_one`.
         compiled: whether the caller is compiled with XLA already.
 
@@ -187,12 +180,12 @@ def rows_function(model, training, mapping, compiled=False):
         A function of inputs (n, ...) and a list of cotangents (n, ...) that returns a list of
         tensors (n, *weight shape).
     """
-    weights = [w.value for w in model.trainable_variables]
+    weights = losses.weights
 
     def lane(example):
         x, cotangents = example
         with tf.GradientTape() as tape:
-            y = call_model(model, keras.tree.map_structure(lambda t: t[None], x), training)
+            y = losses.forward(keras.tree.map_structure(lambda t: t[None], x))
             outputs = [t[0] for t in what_losses_read(y)]
         gradient = tape.gradient(
             outputs, weights, cotangents, unconnected_gradients=tf.UnconnectedGradients.ZERO

@@ -1,80 +1,90 @@
-"""What makes per-example gradients in a training step, one function for each way."""
+"""A way to per-example gradients: what makes them for a model, and why it was chosen."""
 
+from __future__ import annotations
+
+import dataclasses
 import functools
+from collections.abc import Callable
 
 from keras_rgd._support import vectors
+from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import DoubleBackward
-from keras_rgd.per_example.gradients import working_dtype
-from keras_rgd.per_example.layerwise.layerwise import Layerwise
-from keras_rgd.per_example.microbatches import Pieces
+from keras_rgd.per_example.gradients import PerExampleGradients, working_dtype
+from keras_rgd.per_example.layerwise import Layerwise
+from keras_rgd.per_example.microbatches import Microbatches
 from keras_rgd.per_example.state import changeable
-from keras_rgd.per_example.vectorized_map import Lanes, rows_function, vectorized
+from keras_rgd.per_example.vectorized_map import VectorizedMap, rows_function, vectorized
 
 # One chunk of gradients is held in memory; this is what it may take, in bytes.
 _CHUNK_BYTES = 2**30
 
 
-def chunk_of(model):
-    """How many examples' gradients fit in the memory that is meant for them."""
-    weights = [w.value for w in model.trainable_variables]
-    return max(1, _CHUNK_BYTES // (working_dtype(weights).size * vectors.size(weights)))
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """What makes per-example gradients for a model, and why this one.
+
+    `way(batch, loss_scale)` gives the `PerExampleGradients` of a `Batch`. The loss scale keeps
+    half-precision gradients in range and cancels; it is 1 by default.
+
+    Attributes:
+        name: "layerwise", "double_backward", "vectorized_map", or where D is measured also
+            "one_by_one"; as in `per_example=`.
+        reason: why it was chosen, a clause.
+        make: the function of a batch and a loss scale.
+    """
+
+    name: str
+    reason: str
+    make: Callable[..., PerExampleGradients] = dataclasses.field(repr=False)
+
+    def __call__(self, batch: Batch, loss_scale=1.0) -> PerExampleGradients:
+        return self.make(batch, loss_scale)
+
+    def __str__(self):
+        return f"{self.name}: {self.reason}"
 
 
-def make_way(
-    model,
-    per_example,
-    *,
-    training,
-    chunk_size=None,
-    compiled=False,
-    n_examples=64,
-    repeats=True,
-    microbatch_size=None,
-):
-    """A function (x, y, sample_weight, loss_scale) -> `PerExampleGradients` for a training step.
+def layerwise(losses, options, reason):
+    """The way "layerwise", for a model that `check_layerwise` has passed."""
+    make = functools.partial(Layerwise, losses, options=options)
+    return Way("layerwise", reason, make)
+
+
+def double_backward(losses, reason, chunk_size=None):
+    """The way "double_backward", for any model.
 
     Args:
-        model: a compiled, built model.
-        per_example: one of `arguments.WAYS` but "auto", which is for `choose_way`.
-        training: whether layers behave as in training.
-        chunk_size: examples whose gradients "vectorized_map" holds at once.
-        compiled: whether the caller compiles what it traces with XLA.
-        n_examples: N, to count work by where the trace does not know it.
-        repeats: as `Choice.repeats`.
-        microbatch_size: examples differentiated together, so that a batch is taken in pieces.
-            Defaults to `None`, the whole batch.
+        losses: the `ExampleLosses` of a model.
+        reason: why it was chosen.
+        chunk_size: examples whose gradients its Gram matrix may hold at once. Defaults to `None`,
+            all.
     """
-    if microbatch_size is not None:
-        make = make_way(
-            model,
-            per_example,
-            training=training,
-            chunk_size=chunk_size,
-            compiled=compiled,
-            n_examples=n_examples,
-            repeats=repeats,
-        )
-        state = changeable(model)
-        return functools.partial(Pieces, model, make, per_example, state, int(microbatch_size))
-    if per_example == "double_backward":
-        return functools.partial(_double_backward, model, training, chunk_size)
-    if per_example == "layerwise":
-        return functools.partial(_layerwise, model, training, n_examples, compiled, repeats)
-    return functools.partial(_lanes, model, training, chunk_size, compiled)
+    make = functools.partial(DoubleBackward, losses, chunk_size=chunk_size)
+    return Way("double_backward", reason, make)
 
 
-def _double_backward(model, training, chunk_size, x, y, sample_weight=None, loss_scale=1.0):
-    return DoubleBackward(model, x, y, sample_weight, training, loss_scale, chunk_size)
+def vectorized_map(losses, reason, chunk_size=None, compiled=False):
+    """The way "vectorized_map", for a model that `check_vectorized_map` has passed.
+
+    Args:
+        losses: the `ExampleLosses` of a model.
+        reason: why it was chosen.
+        chunk_size: examples whose gradients are held at once. Defaults to `None`, all.
+        compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
+    """
+    rows = rows_function(losses, vectorized, compiled)
+    make = functools.partial(VectorizedMap, losses, chunk_size=chunk_size, rows=rows)
+    return Way("vectorized_map", reason, make)
 
 
-def _layerwise(
-    model, training, n, compiled, repeats, x, y, sample_weight=None, loss_scale=1.0, precise=False
-):
-    options = dict(n=n, compiled=compiled, repeats=repeats, precise=precise)
-    return Layerwise(model, x, y, sample_weight, training, loss_scale, **options)
+def in_microbatches(losses, way, size):
+    """A way for whole batches that takes them in pieces of `size` examples by another way."""
+    state = changeable(losses.model)
+    make = functools.partial(Microbatches, losses, way=way, state=state, size=int(size))
+    return Way(way.name, way.reason, make)
 
 
-def _lanes(model, training, chunk_size, compiled, x, y, sample_weight=None, loss_scale=1.0):
-    # Made in each trace, as other weights may be trained than in the one before.
-    rows, way = rows_function(model, training, vectorized, compiled), "vectorized_map"
-    return Lanes(model, x, y, sample_weight, training, loss_scale, chunk_size, rows, way)
+def examples_that_fit(losses):
+    """How many examples' gradients fit in the memory that is meant for them."""
+    weights = losses.weights
+    return max(1, _CHUNK_BYTES // (working_dtype(weights).size * vectors.size(weights)))

@@ -5,18 +5,19 @@ every example's own; with the operation's input it gives that operation's part o
 operations cost a few matrix products for each use of a weight, and no matrix of all g_i is kept.
 """
 
+import dataclasses
 import functools
 
-import keras
 import tensorflow as tf
 
 from keras_rgd._support import rounding, vectors
-from keras_rgd.per_example.batch import batch_size
+from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import ExampleSpace, PerExampleGradients, squares_of_rows
 from keras_rgd.per_example.layerwise.forms import ROW_ENTRIES
+from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
-from keras_rgd.per_example.losses import call_model, example_losses, replaced, what_losses_read
+from keras_rgd.per_example.losses import replaced, what_losses_read
 
 # The Gram matrix gives a guaranteed bound on M_x; it is formed while its work is at most that of so
 # many SGD steps, or too little to tell. Beyond, products with D estimate M_x.
@@ -34,19 +35,10 @@ class Layerwise(PerExampleGradients):
     """The parts of G by the uses of the weights, for one batch; inside a graph only.
 
     Args:
-        model: a compiled, built model whose examples do not mix.
-        x: inputs, axis 0 of length N; a nested structure for several inputs.
-        y: targets.
-        sample_weight: the user's sample weights (class weights included), or `None`.
-        training: whether layers behave as in training.
+        losses: the `ExampleLosses` of a model whose examples do not mix.
+        batch: a `Batch`.
         loss_scale: factor that keeps half-precision gradients in range; it cancels.
-        n: N, to count work by where it is not known when the step is traced. Defaults to `64`.
-        compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
-        repeats: how many operations give a weight its axis of examples, as `check_layerwise` found
-            them to. Defaults to `True`, as many as look so.
-        precise: whether to work in float64, so that the Gram matrix keeps the digits that
-            centring loses; and to form it whatever it costs, from one weight after another, as
-            room is short then. Defaults to `False`.
+        options: `LayerwiseOptions`.
         cotangent_noise: a function from an output (N, ...) to R, of its shape, or to `None`; then
             the losses are f_i + <R_i, output_i>, R in the unit of the cotangents: for a trial in
             which every output tells, whatever the losses are. Defaults to `None`.
@@ -60,73 +52,90 @@ class Layerwise(PerExampleGradients):
 
     def __init__(
         self,
-        model,
-        x,
-        y,
-        sample_weight=None,
-        training=True,
+        losses,
+        batch,
         loss_scale=1.0,
-        n=64,
-        compiled=False,
-        repeats=True,
-        precise=False,
+        options=LayerwiseOptions(),  # noqa: B008  # frozen
         cotangent_noise=None,
     ):
-        self.weights = [w.value for w in model.trainable_variables]
-        self.n_examples = batch_size(x)
-        self._inner = tf.float64 if precise else self.dtype
+        self.weights = losses.weights
+        self.n_examples = batch.size
+        known = isinstance(self.n_examples, int)
+        if known:
+            options = dataclasses.replace(options, n=self.n_examples)
+        self._inner = tf.float64 if options.precise else self.dtype
         self._n = tf.cast(self.n_examples, self.dtype)
-        counted = self.n_examples if isinstance(self.n_examples, int) else n
-        u = tf.ones([self.n_examples], self.dtype)
-        graph = tf.compat.v1.get_default_graph()
-        examples = [tf.convert_to_tensor(t) for t in keras.tree.flatten(x) if t is not None]
-        before = len(graph.get_operations())
-        with tf.GradientTape(persistent=True) as tape:
-            self.y_pred = call_model(model, x, training)
-            operations = graph.get_operations()[before:]
-            outputs = what_losses_read(self.y_pred)
-            # Outputs may follow from one another; by copies each passes on its own part alone.
-            with tape.stop_recording():
-                copied = replaced(self.y_pred, tf.identity)
-            copies = what_losses_read(copied)
-            tape.watch(copies)
-            self.loss, derivatives = example_losses(model, x, y, copied, sample_weight, u, training)
-            f_mean = tf.reduce_sum(tf.cast(derivatives, self.dtype))
-            scaled = tf.cast(loss_scale, self.dtype) * f_mean
-        self._tape, zero = tape, tf.UnconnectedGradients.ZERO
-        self._derivatives, self._outputs, self._copies = derivatives, outputs, copies
-        # What reaches the weights by another way than the copies is grad r.
-        self._r_gradient = None
-        r_gradient = tape.gradient(self.loss, self.weights)
-        if any(g is not None for g in r_gradient):
-            pairs = zip(r_gradient, self.weights, strict=True)
-            self._r_gradient = self.cast([tf.zeros(w.shape) if g is None else g for g, w in pairs])
-        cotangents = tape.gradient(scaled, copies, unconnected_gradients=zero)
-        cotangents, unit = _in_unit(cotangents, self.dtype)
-        self._unit = unit / tf.cast(loss_scale, self.dtype)
-        self._noise = [cotangent_noise and cotangent_noise(t) for t in copies]
-        pairs = zip(cotangents, self._noise, strict=True)
-        cotangents = [c if r is None else c + tf.cast(r, c.dtype) for c, r in pairs]
-        known = self.n_examples if isinstance(self.n_examples, int) else None
-        uses = find_uses(operations, self.weights, examples, known, bool(repeats))
+        operations = self._go_forward(losses, batch)
+        self._r_gradient = self._gradient_beside_the_outputs()
+        cotangents = self._cotangents(loss_scale, cotangent_noise)
+        examples = [tf.convert_to_tensor(t) for t in Batch(batch.x).tensors()]
+        uses = find_uses(
+            operations,
+            self.weights,
+            examples,
+            self.n_examples if known else None,
+            bool(options.repeats),
+        )
         # A tape would leak the graph, where one use's output leads to another's.
-        gradients = tf.gradients(outputs, [use.output for use in uses], cotangents)
+        gradients = tf.gradients(self._outputs, [use.output for use in uses], cotangents)
         self.repeats = sum(use.repeats for use in uses)
-        if repeats is not True and self.repeats != repeats:
+        if options.repeats is not True and self.repeats != options.repeats:
             weight = min(uses[0].path.weights)
             raise NotVisibleError(weight, "a batch as long as another axis, which looks the same")
         pairs = zip(uses, gradients, strict=True)
         found = [(use, gradient) for use, gradient in pairs if gradient is not None]
-        self._parts = Parts(
-            self.weights, tape, found, self.n_examples, counted, self._inner, compiled, precise
+        self._parts = Parts(self.weights, self._tape, found, self.n_examples, self._inner, options)
+        self._plan(options)
+
+    def _go_forward(self, losses, batch):
+        """The forward pass and the losses, on a tape; the operations of the pass."""
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        u = tf.ones([self.n_examples], self.dtype)
+        with tf.GradientTape(persistent=True) as self._tape:
+            self.y_pred = losses.forward(batch.x)
+            operations = graph.get_operations()[before:]
+            self._outputs = what_losses_read(self.y_pred)
+            # One output may follow from another. The losses read copies, which do not, so that
+            # each cotangent is of what its own output does alone.
+            with self._tape.stop_recording():
+                copied = replaced(self.y_pred, tf.identity)
+            self._copies = what_losses_read(copied)
+            self._tape.watch(self._copies)
+            self.loss, self._derivatives = losses(batch, copied, u)
+            self._f_mean = tf.reduce_sum(tf.cast(self._derivatives, self.dtype))
+        return operations
+
+    def _gradient_beside_the_outputs(self):
+        """Grad r, what reaches the weights by another way than the outputs; `None` for none."""
+        gradient = self._tape.gradient(self.loss, self.weights)
+        if all(g is None for g in gradient):
+            return None
+        pairs = zip(gradient, self.weights, strict=True)
+        return self.cast([tf.zeros(w.shape) if g is None else g for g, w in pairs])
+
+    def _cotangents(self, loss_scale, noise):
+        """The gradient of mean f by the outputs, in `self._unit`, with the noise of a trial."""
+        loss_scale = tf.cast(loss_scale, self.dtype)
+        zero = tf.UnconnectedGradients.ZERO
+        cotangents = self._tape.gradient(
+            self._f_mean, self._copies, loss_scale, unconnected_gradients=zero
         )
-        self.gram_work = self._parts.gram_work + _POWERS * counted**3
+        cotangents, unit = _in_unit(cotangents, self.dtype)
+        self._unit = unit / loss_scale
+        self._noise = [noise and noise(t) for t in self._copies]
+        pairs = zip(cotangents, self._noise, strict=True)
+        return [c if r is None else c + tf.cast(r, c.dtype) for c, r in pairs]
+
+    def _plan(self, options):
+        """Whether a Gram matrix is formed, and what is kept for it."""
+        self.gram_work = self._parts.gram_work + _POWERS * options.n**3
         self.step_work = 3 * self._parts.work
         cheap = self.gram_work <= max(_GRAM_STEPS * self.step_work, _GRAM_FLOOR)
         cheap = cheap and self._parts.row_entries <= ROW_ENTRIES
-        self.gram_is_cheap = precise or cheap
+        self.gram_is_cheap = options.precise or cheap
         # Rows of all uses at once, in float64, would take too much room.
-        self._parts.hold_rows(cheap and not precise)
+        self._parts.hold_rows(cheap and not options.precise)
 
     @functools.cached_property
     def gradient(self):

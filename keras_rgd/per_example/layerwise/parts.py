@@ -36,10 +36,9 @@ class Parts:
         tape: a persistent `tf.GradientTape` of the forward pass.
         found: (use, gradient at its output) of each use, a list.
         n_examples: N, an int or a scalar tensor.
-        counted: N, or a guess of it, to count work by.
         dtype: in which to work.
-        compiled: whether the caller compiles what it traces with XLA.
-        one_by_one: whether room is short: rows of one weight after another.
+        options: `LayerwiseOptions`; where they are precise, room is short, and rows are formed of
+            one weight after another.
 
     Attributes:
         work: of the uses, forward, in multiply-adds.
@@ -51,11 +50,10 @@ class Parts:
         NotVisibleError: a use has no closed form.
     """
 
-    def __init__(
-        self, weights, tape, found, n_examples, counted, dtype, compiled=False, one_by_one=False
-    ):
+    def __init__(self, weights, tape, found, n_examples, dtype, options):
         self._weights, self._tape, self._n_examples = weights, tape, n_examples
-        self._inner, self._compiled, self._one_by_one = dtype, compiled, one_by_one
+        self._inner, self._compiled, self._one_by_one = dtype, options.compiled, options.precise
+        counted = options.n
         self._joined_rows = {}  # of weights with several uses, by index
         self._uses = _merged([(use, self._form(use, gradient, counted)) for use, gradient in found])
         self.work = sum(form.work for _, form in self._uses)

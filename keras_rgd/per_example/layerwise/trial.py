@@ -13,21 +13,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
-from keras_rgd._support import vectors
-from keras_rgd.per_example.batch import (
-    batch_size,
-    known_size,
-    mapped,
-    takes_any_size,
-    with_any_size,
-)
+from keras_rgd.per_example.agreement import first_unequal, tolerance
+from keras_rgd.per_example.batch import takes_any_size
 from keras_rgd.per_example.gradients import working_dtype
 from keras_rgd.per_example.layerwise.layerwise import Layerwise
+from keras_rgd.per_example.not_exact import reason
 from keras_rgd.per_example.state import seed_generators, unchanged
-from keras_rgd.per_example.traces import forgotten
-
-# NumPy's finfo does not know bfloat16.
-_EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
+from keras_rgd.per_example.traces import forgotten, with_any_size
 
 # How far the weights are moved in each draw. Weights that start at zero hide what lies before them.
 _MOVES = (0.0, 0.1, 0.1)
@@ -46,8 +38,13 @@ class Traced:
     repeats: int  # operations that repeat a weight once for each example
 
 
-def traced(model, specs, training, n, precise=False):
+def traced(losses, specs, options):
     """What a trace of "layerwise" for these specs shows, a `Traced`; nothing is run.
+
+    Args:
+        losses: the `ExampleLosses` of a model.
+        specs: a `Batch` of specs.
+        options: `LayerwiseOptions`; of `repeats` the answer tells.
 
     Raises:
         NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
@@ -56,12 +53,12 @@ def traced(model, specs, training, n, precise=False):
 
     def shown(specs, repeats):
         with forgotten(), FuncGraph("layerwise").as_default():
-            batch = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
-            options = dict(training=training, n=n, repeats=repeats, precise=precise)
-            return _shown(Layerwise(model, *batch, **options))
+            batch = specs.mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape))
+            asked = dataclasses.replace(options, repeats=repeats)
+            return _shown(Layerwise(losses, batch, options=asked))
 
     found = shown(specs, True)
-    if not found.repeats or known_size(specs[0]) is None or not takes_any_size(model):
+    if not found.repeats or specs.known_size is None or not takes_any_size(losses.model):
         return found
     # Where the number of examples is open, no other axis looks like theirs.
     repeats = shown(with_any_size(specs), True).repeats
@@ -76,16 +73,14 @@ def _shown(way):
     return Traced(way.gram_is_cheap, way.gram_work / max(way.step_work, 1), way.repeats)
 
 
-def tried(model, batch, specs, training, n, precise):
+def tried(losses, batch, specs, options):
     """Where a step by "layerwise" is wrong on a batch, or `None`; and what its trace shows.
 
     Args:
-        model: a compiled, built model.
-        batch: (x, y, sample_weight).
-        specs: what the step is traced for, of the same structure.
-        training: whether layers behave as in training.
-        n: N, to count work by.
-        precise: as in `Layerwise`.
+        losses: the `ExampleLosses` of a model.
+        batch: a `Batch`.
+        specs: a `Batch` of specs, what the step is traced for.
+        options: as in `traced`.
 
     Returns:
         The path of a weight or a reason, or `None`; a `Traced`.
@@ -93,23 +88,22 @@ def tried(model, batch, specs, training, n, precise):
     Raises:
         NotVisibleError: as `traced`.
     """
-    compare = functools.partial(_compare, model, batch, specs, training, n, precise)
     with forgotten():
-        wrong, shown = compare()
+        wrong, shown = _compare(losses, batch, specs, dataclasses.replace(options, repeats=True))
     if wrong is not None and shown is not None and shown.repeats:
         # An axis that is as long as the batch may have been taken for that of the examples.
         with forgotten():
-            wrong, shown = compare(repeats=False)
+            none = dataclasses.replace(options, repeats=False)
+            wrong, shown = _compare(losses, batch, specs, none)
     return wrong, shown
 
 
-def _compare(model, batch, specs, training, n, precise, repeats=True):
-    shown = []
+def _compare(losses, batch, specs, options):
+    model, shown = losses.model, []
 
     def both(batch, m):
-        options = dict(training=training, n=n, repeats=repeats, precise=precise)
-        noise = functools.partial(_noise, known_size(batch[0]))
-        way = Layerwise(model, *batch, **options, cotangent_noise=noise)
+        noise = functools.partial(_noise, batch.known_size)
+        way = Layerwise(losses, batch, options=options, cotangent_noise=noise)
         shown.append(_shown(way))
         try:
             ours, squares = way.reweighted_and_squares(m)
@@ -119,11 +113,11 @@ def _compare(model, batch, specs, training, n, precise, repeats=True):
 
     trial = _traced_for(both, batch, specs)
     rng = np.random.default_rng(0)
-    dtype = working_dtype([w.value for w in model.trainable_variables])
+    dtype = working_dtype(losses.weights)
     wrong = None
     try:
         for noise in _MOVES:
-            m = tf.constant(1 + rng.normal(size=batch_size(batch[0])), dtype)
+            m = tf.constant(1 + rng.normal(size=batch.size), dtype)
             with unchanged(model):
                 _shake(model, noise, rng)
                 ours, ordinary, squares = trial(m)
@@ -146,8 +140,9 @@ def _noise(n, output):
 def _traced_for(function, batch, specs):
     """`function(batch, m)` as a graph function for `specs`, of a batch's tensors."""
     flat = keras.tree.flatten(batch)
-    tensors = [tf.convert_to_tensor(t) for t in flat if t is not None]
-    open_n = next(s for s in keras.tree.flatten(specs) if s is not None).shape[:1]
+    flat = keras.tree.flatten(batch)
+    tensors = [tf.convert_to_tensor(t) for t in batch.tensors()]
+    signature = specs.tensors()
 
     def packed(tensors, m):
         tensors = iter(tensors)
@@ -157,9 +152,8 @@ def _traced_for(function, batch, specs):
     graph_function = tf.function(packed, autograph=False)
 
     def run(m):
-        signature = [s for s in keras.tree.flatten(specs) if s is not None]
-        signature = signature, tf.TensorSpec(open_n, m.dtype)
-        return graph_function.get_concrete_function(*signature)(tensors, m)
+        of_m = tf.TensorSpec(signature[0].shape[:1], m.dtype)
+        return graph_function.get_concrete_function(signature, of_m)(tensors, m)
 
     return run
 
@@ -187,44 +181,6 @@ def _shake(model, noise, rng):
         generator.state.assign(rng.integers(0, 2**31, generator.state.shape))
 
 
-def first_unequal(model, ours, ordinary):
-    """The path of the first weight where two gradients differ by more than rounding, or `None`.
-
-    Weights a little off may be outside of what a layer takes, and a batch may hold NaN: what is not
-    finite shows nothing.
-
-    Args:
-        model: the model.
-        ours: a list of tensors shaped as the weights.
-        ordinary: what they should be.
-    """
-    accuracy, whole = tolerance(model), vectors.norm(ordinary)
-    for variable, a, b in zip(model.trainable_variables, ours, ordinary, strict=True):
-        size = vectors.norm([b])
-        if not bool(tf.math.is_finite(size)) or not bool(tf.math.is_finite(whole)):
-            continue
-        # The second term is for gradients that are 0 but for rounding.
-        if not vectors.norm([a - b]) <= accuracy * size + 100 * accuracy**2 * whole:
-            return f"'{variable.path}'"
-    return None
-
-
 def _differ(a, b, accuracy):
     a, b = float(a), float(b)
     return abs(a - b) > accuracy * max(abs(a), abs(b))  # NaN shows nothing
-
-
-def tolerance(model):
-    """How far two ways to one number of this model may be apart by rounding, relatively."""
-    # Rounding differs with the batch; mixing shows in the leading half of the digits.
-    dtypes = {
-        keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
-    }
-    return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5
-
-
-def reason(error):
-    """The telling line of TensorFlow's many, cut short."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("ValueError: ")]
-    return (told or lines or [type(error).__name__])[-1].removeprefix("ValueError: ")[:200]

@@ -12,10 +12,10 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
-from keras_rgd.per_example.batch import known_size, mapped
+from keras_rgd.per_example.batch import Batch, mapped
 from keras_rgd.per_example.layer_calls import calls, named
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
-from keras_rgd.per_example.losses import call_model, example_losses, replaced, what_losses_read
+from keras_rgd.per_example.losses import replaced, what_losses_read
 from keras_rgd.per_example.mixing import arithmetic_rules, arrangement_rules
 from keras_rgd.per_example.mixing.additive import not_additive
 from keras_rgd.per_example.mixing.following import Cause, Follower, Found
@@ -69,16 +69,15 @@ class Mixing:
 
 
 @forgotten()
-def mixing_of(model, specs, training, sizes=None):
+def mixing_of(losses, specs, sizes=None):
     """What mixes the examples of batches like this.
 
     Nothing is run, and no variable changes.
 
     Args:
-        model: a compiled, built model.
-        specs: (x, y, sample_weight) as tensors or specs of them, with open sizes where the step is
-            traced for any.
-        training: whether layers behave as in training.
+        losses: the `ExampleLosses` of a model.
+        specs: a `Batch` of tensors or of specs of them, with open sizes where the step is traced
+            for any.
         sizes: the same with sizes to take where `specs` has none. Defaults to `None`.
 
     Returns:
@@ -87,19 +86,19 @@ def mixing_of(model, specs, training, sizes=None):
     Raises:
         ValueError: where the loss gives no f_i.
     """
-    n = known_size(specs[0])
+    n = specs.known_size
     if n is not None and n > 1:
-        return _followed(model, _concrete(specs, sizes, None), training)
+        return _followed(losses, _concrete(specs, sizes, None))
     try:
-        return _followed(model, _concrete(specs, sizes, _MANY), training)
+        return _followed(losses, _concrete(specs, sizes, _MANY))
     except (ValueError, TypeError, tf.errors.OpError):
         # A model for one size of batch, which says so nowhere.
-        return _followed(model, _concrete(specs, sizes, None), training)
+        return _followed(losses, _concrete(specs, sizes, None))
 
 
 def _concrete(specs, sizes, n):
     """Specs without open sizes; axis 0 of N entries where N is given."""
-    own = known_size(specs[0]) or (None if sizes is None else known_size(sizes[0]))
+    own = specs.known_size or (None if sizes is None else sizes.known_size)
 
     def concrete(spec, like):
         shape, given = spec.shape, spec.shape if like is None else like.shape
@@ -119,16 +118,17 @@ def _length(size, given):
     return _MANY if given is None else given
 
 
-def _followed(model, specs, training):
+def _followed(losses, specs):
+    model = losses.model
     graph, traced = FuncGraph("examples"), {}
     given = handles = None
     with graph.as_default():
-        given = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
+        given = specs.mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape))
         captured = [graph.capture(w.value.handle).name for w in model.trainable_variables]
         handles = dict(zip(captured, model.trainable_variables, strict=True))
 
         def forward():
-            traced["y_pred"] = call_model(model, given[0], training)
+            traced["y_pred"] = losses.forward(given.x)
 
         made = calls(model, forward, mark=lambda: len(graph.get_operations()))
         forward_operations = graph.get_operations()
@@ -136,13 +136,12 @@ def _followed(model, specs, training):
         outputs = what_losses_read(traced["y_pred"])
         copied = replaced(traced["y_pred"], tf.identity)
         copies = what_losses_read(copied)
-        u = tf.ones([known_size(specs[0])], keras.config.floatx())
-        x, y, sample_weight = given
-        total, derivatives = example_losses(model, x, y, copied, sample_weight, u, training)
+        u = tf.ones([specs.known_size], keras.config.floatx())
+        total, derivatives = losses(given, copied, u)
         derivatives = tf.convert_to_tensor(derivatives)
-    tensors = [t for t in keras.tree.flatten(given) if t is not None]
+    tensors = given.tensors()
     found = {t.name: None for t in graph.inputs}
-    n = known_size(specs[0])
+    n = specs.known_size
     found |= {t.name: Found(Place(0)) if t.shape[:1] == [n] else None for t in tensors}
     found |= {name: Found(None, follows=True) for name in handles}
     whole = Follower(n, found, _RULES)
@@ -156,7 +155,7 @@ def _followed(model, specs, training):
     parts = not_additive(total, whole)
     with graph.as_default():
         weights = [w.value for w in model.trainable_variables]
-        examples = [t for t in keras.tree.flatten(given[0]) if t is not None]
+        examples = Batch(given.x).tensors()
         misplaced = _misplaced(whole, forward_operations, weights, examples)
     return Mixing(
         outputs=_first(where.says(f.mixed) for f in by_output if f and f.mixed),
