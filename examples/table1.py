@@ -165,7 +165,7 @@ def rgd_part(args, network):
         **parts,
         "memory": peak(),
         "epsilon_lambda_max": float(rgd.chosen_epsilon * rgd.lambda_max),
-        "way": rgd.per_example_choice.way,
+        "way": rgd.per_example_choice.name,
     }
 
 

@@ -13,7 +13,7 @@ if ON_TENSORFLOW:
     from keras_rgd.measurement import diffusion_matrix
     from keras_rgd.models import RGDMixin, RGDModel, RGDSequential, to_rgd
     from keras_rgd.monitor import DiffusionMonitor
-    from keras_rgd.per_example import PerExampleGradients, per_example_gradients
+    from keras_rgd.per_example import PerExampleGradients, forget, per_example_gradients
     from keras_rgd.plots import plot_spectrum
     from keras_rgd.records import DiffusionRecord, load_records, save_records
 
@@ -30,6 +30,7 @@ _ON_TENSORFLOW = [
     "RGDSequential",
     "Spectrum",
     "diffusion_matrix",
+    "forget",
     "geometry",
     "load_records",
     "per_example_gradients",

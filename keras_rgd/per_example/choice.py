@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import keras
 import tensorflow as tf
 
 from keras_rgd.per_example import way as ways
@@ -11,7 +10,7 @@ from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
 from keras_rgd.per_example.not_exact import NotExactError
 from keras_rgd.per_example.smaller_batches import check_microbatches
-from keras_rgd.per_example.traces import specs_of, with_any_size
+from keras_rgd.per_example.traces import specs_of, structure, with_any_size
 from keras_rgd.per_example.vectorized_map_checks import check_vectorized_map
 
 
@@ -149,8 +148,9 @@ class StepWays:
     def _key(self, batch):
         """What is known of a step when it is traced: shapes, and what is trained."""
         model = self._losses.model
-        shapes = tuple(
-            None if t is None else (str(t.shape), t.dtype) for t in keras.tree.flatten(tuple(batch))
-        )
         trained = tuple(id(v) for v in model.trainable_variables)
-        return shapes, trained, tuple(layer.trainable for layer in model._flatten_layers())
+        return (
+            structure(batch),
+            trained,
+            tuple(layer.trainable for layer in model._flatten_layers()),
+        )

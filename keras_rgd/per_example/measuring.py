@@ -15,7 +15,7 @@ from keras_rgd.per_example.memory import remembered
 from keras_rgd.per_example.not_exact import NotExactError
 from keras_rgd.per_example.per_example_gradients import check_model
 from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.traces import specs_of
+from keras_rgd.per_example.traces import specs_of, structure
 from keras_rgd.per_example.vectorized_map import (
     VectorizedMap,
     one_by_one,
@@ -51,8 +51,7 @@ def measuring_way(model, batch, *, training, per_example="auto", chunk_size=None
         ValueError: the way that was asked for is not exact or not possible.
     """
     specs = specs_of(batch)
-    structure = tuple((str(s.shape), s.dtype) for s in specs.tensors())
-    key = (measuring_way, training, per_example, chunk_size, precise, structure)
+    key = (measuring_way, training, per_example, chunk_size, precise, structure(specs))
 
     def choose():
         losses = ExampleLosses(model, training)

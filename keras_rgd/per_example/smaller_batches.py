@@ -12,10 +12,11 @@ from keras_rgd.per_example.batch import takes_any_size
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.layer_calls import named
 from keras_rgd.per_example.losses import ExampleLosses, has_mask
+from keras_rgd.per_example.memory import remembered
 from keras_rgd.per_example.mixing import mixing_of
 from keras_rgd.per_example.not_exact import NotExactError, layer_mixes, loss_mixes
 from keras_rgd.per_example.state import layers_that_change_state, unchanged
-from keras_rgd.per_example.traces import specs_of
+from keras_rgd.per_example.traces import specs_of, structure
 
 # How many examples are looked at where a few will do.
 _EXAMPLES = 32
@@ -74,6 +75,9 @@ def check_microbatches(losses, specs, batch=None, sizes=None):
 def check_smaller_batches(losses, batch):
     """Raise `NotExactError` where the loss of an example is another in a smaller batch.
 
+    What the graph shows is remembered for the model; where that leaves it open, numbers are asked
+    of each data set.
+
     Args:
         losses: the `ExampleLosses` of a model in evaluation mode, where layers mix no examples.
         batch: a `Batch` of some examples, two at least.
@@ -81,12 +85,25 @@ def check_smaller_batches(losses, batch):
     Raises:
         NotExactError: says which kinds of loss are so.
     """
-    model = losses.model
+    model, asked = losses.model, []
     if takes_any_size(model):
         batch = batch.first(_EXAMPLES)
-    mixing = mixing_of(losses, specs_of(batch))
-    if _if_known(mixing.batch) is not None:
-        raise _changes(model, mixing)
+
+    def ask():
+        mixing = mixing_of(losses, specs_of(batch))
+        if _if_known(mixing.batch) is not None:
+            raise _changes(model, mixing)
+        _check_numbers(losses, batch)
+        asked.append(mixing)
+        return mixing
+
+    mixing = remembered(model, (check_smaller_batches, structure(batch)), ask)
+    if mixing.batch is not None and not asked:
+        _check_numbers(losses, batch)
+
+
+def _check_numbers(losses, batch):
+    """Raise `NotExactError` where two halves of a batch do not give what the whole gives."""
     if layers_that_change_state(losses, batch.x):
         # Parts would draw other random numbers than the whole: the losses' word must do.
         agree = not _is_summed(losses)
@@ -96,7 +113,8 @@ def check_smaller_batches(losses, batch):
         whole, masked = _signed_sum(losses, batch, signs, batch.size // 2)
         agree = not masked and _parts_agree(losses, batch, signs, whole)
     if not agree:
-        raise NotExactError(_CHANGES.format("as some examples show"), _EXPECTED.format(model.loss))
+        expected = _EXPECTED.format(losses.model.loss)
+        raise NotExactError(_CHANGES.format("as some examples show"), expected)
 
 
 def _if_known(spot):
