@@ -1,9 +1,13 @@
 """Measuring D of a compiled model on a batch, outside training."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import time
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_rgd._support import vectors
@@ -18,8 +22,15 @@ _OVERLAP = 10
 
 
 def diffusion_matrix(
-    model, x, y=None, sample_weight=None, *, training=False, per_example="auto", chunk_size=None
-):
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    training: bool = False,
+    per_example: str = "auto",
+    chunk_size: int | None = None,
+) -> DiffusionMatrix:
     """D of a compiled model on one batch, Eq. (2) of the paper.
 
     The model is left as it was: no weight, moving statistic, seed or metric changes.

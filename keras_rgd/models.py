@@ -1,5 +1,7 @@
 """Models whose training step is RGD's: RGDModel, RGDSequential and a mixin for subclasses."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import os
@@ -285,7 +287,7 @@ class RGDSequential(RGDMixin, keras.Sequential):
     """`keras.Sequential` whose training step is RGD's: `RGDSequential([...])`."""
 
 
-def to_rgd(model):
+def to_rgd(model: keras.Model) -> RGDMixin:
     """An existing functional or Sequential model as one that RGD trains, sharing its layers.
 
     Compile the result; the weights are the same variables, so training one trains the other.

@@ -1,10 +1,14 @@
 """DiffusionMonitor: a Keras callback that records D after each epoch."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import math
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +24,7 @@ from keras_rgd.measurement import Measurement
 from keras_rgd.optimizer import inner_rgd
 from keras_rgd.per_example.losses_model import LossesModel, as_given
 from keras_rgd.per_example.measuring import as_batch
-from keras_rgd.records import load_records, save_records
+from keras_rgd.records import DiffusionRecord, load_records, save_records
 
 # Into `logs`, and so to the progress bar, History and CSVLogger; the rest is in the records.
 _LOGGED = (
@@ -79,18 +83,18 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        data,
+        data: Any,
         *,
-        log_dir=None,
-        examples=512,
-        chunk_size=None,
-        training=False,
-        epsilon=0.5,
-        per_example="auto",
-        losses=None,
-        weights=None,
-        neglected_terms=False,
-        verbose=True,
+        log_dir: str | os.PathLike | None = None,
+        examples: int = 512,
+        chunk_size: int | None = None,
+        training: bool = False,
+        epsilon: Any = 0.5,
+        per_example: str = "auto",
+        losses: Callable | None = None,
+        weights: list | None = None,
+        neglected_terms: bool = False,
+        verbose: bool = True,
     ):
         super().__init__()
         if not arguments.is_count(examples):
@@ -108,7 +112,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 "`neglected_terms` are those of evaluation mode. Received: neglected_terms=True, "
                 "training=True"
             )
-        self.records = []
+        self.records: list[DiffusionRecord] = []
         self._data = _first_examples(data, int(examples))
         self._rule = epsilon_rules.get(epsilon)
         self._log_dir = None if log_dir is None else os.path.join(log_dir, "diffusion")
@@ -176,12 +180,12 @@ class DiffusionMonitor(keras.callbacks.Callback):
             self._writer.close()
             self._writer = None
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Write the records to a JSON file; see `keras_rgd.save_records`."""
         save_records(self.records, path)
 
     @staticmethod
-    def load(path):
+    def load(path: str | os.PathLike) -> list[DiffusionRecord]:
         """The list of records in a file that `save` wrote."""
         return load_records(path)
 

@@ -1,10 +1,15 @@
 """Which way to per-example gradients is taken in the training steps of a model, and why."""
 
-import dataclasses
+from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+import keras
 import tensorflow as tf
 
 from keras_rgd.per_example import way as ways
+from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.layerwise.check import check_layerwise
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
@@ -31,7 +36,13 @@ class Wanted:
     compiled: bool = False
 
 
-def choose_way(losses, wanted, specs, batch=None, sizes=None):
+def choose_way(
+    losses: ExampleLosses,
+    wanted: Wanted,
+    specs: Batch,
+    batch: Batch | None = None,
+    sizes: Batch | None = None,
+) -> ways.Way:
     """The `Way` for a model's training steps.
 
     "auto" takes "layerwise" where that is exact for the model, else "double_backward", which is
@@ -112,14 +123,14 @@ class StepWays:
         last: the `Way` chosen last, `None` at first.
     """
 
-    def __init__(self, model, wanted, told):
+    def __init__(self, model: keras.Model, wanted: Wanted, told: Callable):
         self._losses, self._wanted = ExampleLosses(model, training=True), wanted
         self._told = told
-        self.last = None
-        self._sizes = None
-        self._ways = {}  # by what is known of a step when it is traced
+        self.last: ways.Way | None = None
+        self._sizes: Batch | None = None
+        self._ways: dict = {}  # by what is known of a step when it is traced
 
-    def choose(self, specs, batch=None):
+    def choose(self, specs: Batch, batch: Batch | None = None) -> ways.Way:
         """The `Way` for a step that is traced for these specs.
 
         Args:
@@ -138,7 +149,7 @@ class StepWays:
         self._ways[self._key(specs)] = way
         return way
 
-    def for_batch(self, batch):
+    def for_batch(self, batch: Batch) -> ways.Way:
         """The way for the step at hand, chosen anew where it is another than was asked about."""
         way = self._ways.get(self._key(batch))
         if way is None:

@@ -4,7 +4,10 @@ Everything here follows from one definition (see `PerExampleGradients`): the los
 how much the batch's loss changes with that example's weight.
 """
 
+from __future__ import annotations
+
 import inspect
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -24,22 +27,22 @@ class ExampleLosses:
         training: whether its layers behave as in training.
     """
 
-    def __init__(self, model, training):
+    def __init__(self, model: keras.Model, training: bool):
         self.model, self.training = model, training
-        self._ranks = {}
+        self._ranks: dict = {}
 
     @property
-    def weights(self):
+    def weights(self) -> list:
         """The trainable weights, a list of `tf.Variable`."""
         return [w.value for w in self.model.trainable_variables]
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         """The model's output; `training` only where its `call` takes it, as Keras does."""
         if self.model._call_has_training_arg:
             return self.model(x, training=self.training)
         return self.model(x)
 
-    def __call__(self, batch, y_pred, u):
+    def __call__(self, batch: Batch, y_pred: Any, u: Any) -> tuple:
         """L(u) and its derivatives by the weights u of the examples.
 
         Args:
@@ -69,14 +72,14 @@ class ExampleLosses:
             raise ValueError(_NOT_LINEAR.format(self.model.loss))
         return loss, derivatives
 
-    def of_weighted(self, batch, y_pred, u):
+    def of_weighted(self, batch: Batch, y_pred: Any, u: Any) -> Any:
         """L(u), a scalar tensor."""
         weights = self._weights(batch, y_pred, u)
         loss = self.total(Batch(batch.x, batch.y, weights), y_pred)
         # Keras does not reduce the values of no examples.
         return tf.reduce_sum(loss) if loss.shape == (0,) else loss
 
-    def total(self, batch, y_pred):
+    def total(self, batch: Batch, y_pred: Any) -> Any:
         """The loss that `fit` reports: what `model.compute_loss` returns, a tensor."""
         arguments = dict(x=batch.x, y=batch.y, y_pred=y_pred, sample_weight=batch.sample_weight)
         # `training` came to compute_loss in Keras 3.3; models written before do not take it.
@@ -158,7 +161,7 @@ class ExampleLosses:
                 ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
         return ranks
 
-    def compiled_losses(self):
+    def compiled_losses(self) -> list:
         """The losses that the model was compiled with, once `compute_loss` has built them."""
         flat = getattr(self.model._compile_loss, "_flat_losses", None) or []
         return [loss for _, loss, _, _ in flat]

@@ -1,6 +1,9 @@
 """Which way to per-example gradients is taken where D is measured, outside a training step."""
 
+from __future__ import annotations
+
 import functools
+from typing import Any
 
 import keras
 
@@ -29,7 +32,15 @@ from keras_rgd.per_example.vectorized_map_checks import (
 )
 
 
-def measuring_way(model, batch, *, training, per_example="auto", chunk_size=None, precise=True):
+def measuring_way(
+    model: keras.Model,
+    batch: Batch,
+    *,
+    training: bool,
+    per_example: str = "auto",
+    chunk_size: int | None = None,
+    precise: bool = True,
+) -> ways.Way:
     """The `Way` for use outside a graph, remembered for the model and batches like this one.
 
     "auto" takes "layerwise" where that is exact for this model; else one example at a time where
@@ -137,7 +148,7 @@ def _overriding(model, name):
     return None if cls.__module__.split(".")[0] in ("keras", "keras_rgd") else cls
 
 
-def as_batch(model, x, y=None, sample_weight=None):
+def as_batch(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None) -> Batch:
     """A `Batch` of tensors of the dtypes that `fit` would use, checked to be one of this model's.
 
     Raises:

@@ -5,6 +5,11 @@ the model is, and not on the values of its weights: so a second measurement of t
 its arithmetic alone.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import keras
 
 # Where a model keeps what is remembered. By its `__dict__`, as Keras would track an attribute; so
@@ -15,7 +20,7 @@ _PLACE = "_keras_rgd_memory"
 _MOST = 16
 
 
-def remembered(model, key, make):
+def remembered(model: keras.Model, key: Hashable, make: Callable[[], Any]) -> Any:
     """`make()`, or what it returned for the same model and key before.
 
     Everything is forgotten where the model has other layers, weights or losses than before, others
@@ -33,7 +38,7 @@ def remembered(model, key, make):
     return memory.get(key, make)
 
 
-def forget(model):
+def forget(model: keras.Model) -> None:
     """Forget what was traced for a model: the next measurement looks at it anew.
 
     Measuring D, its spectrum or the geometry of a model a second time uses the graphs that were

@@ -1,15 +1,22 @@
 """The per-example gradients of one batch, for a training loop of one's own."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from keras_rgd._support.arguments import check_training
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import DoubleBackward
+from keras_rgd.per_example.gradients import PerExampleGradients
 from keras_rgd.per_example.losses import ExampleLosses
 
 
-def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True):
+def per_example_gradients(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, *, training: bool = True
+) -> PerExampleGradients:
     """The per-example gradients of one batch, for a training loop of one's own.
 
     One forward pass as in training: seeds and moving statistics go on. It works eagerly and
@@ -47,7 +54,7 @@ def per_example_gradients(model, x, y=None, sample_weight=None, *, training=True
     return DoubleBackward(ExampleLosses(model, training), batch)
 
 
-def check_model(model):
+def check_model(model: keras.Model) -> None:
     """Raise `ValueError` unless the model is a compiled `keras.Model`."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a compiled keras.Model. Received: {type(model).__name__}")

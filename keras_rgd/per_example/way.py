@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.gradients import PerExampleGradients, working_dtype
 from keras_rgd.per_example.layerwise import Layerwise
+from keras_rgd.per_example.layerwise.options import LayerwiseOptions
+from keras_rgd.per_example.losses import ExampleLosses
 from keras_rgd.per_example.microbatches import Microbatches
 from keras_rgd.per_example.state import changeable
 from keras_rgd.per_example.vectorized_map import VectorizedMap, rows_function, vectorized
@@ -37,20 +40,20 @@ class Way:
     reason: str
     make: Callable[..., PerExampleGradients] = dataclasses.field(repr=False)
 
-    def __call__(self, batch: Batch, loss_scale=1.0) -> PerExampleGradients:
+    def __call__(self, batch: Batch, loss_scale: Any = 1.0) -> PerExampleGradients:
         return self.make(batch, loss_scale)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
 
 
-def layerwise(losses, options, reason):
+def layerwise(losses: ExampleLosses, options: LayerwiseOptions, reason: str) -> Way:
     """The way "layerwise", for a model that `check_layerwise` has passed."""
     make = functools.partial(Layerwise, losses, options=options)
     return Way("layerwise", reason, make)
 
 
-def double_backward(losses, reason, chunk_size=None):
+def double_backward(losses: ExampleLosses, reason: str, chunk_size: int | None = None) -> Way:
     """The way "double_backward", for any model.
 
     Args:
@@ -63,7 +66,9 @@ def double_backward(losses, reason, chunk_size=None):
     return Way("double_backward", reason, make)
 
 
-def vectorized_map(losses, reason, chunk_size=None, compiled=False):
+def vectorized_map(
+    losses: ExampleLosses, reason: str, chunk_size: int | None = None, compiled: bool = False
+) -> Way:
     """The way "vectorized_map", for a model that `check_vectorized_map` has passed.
 
     Args:
@@ -77,14 +82,14 @@ def vectorized_map(losses, reason, chunk_size=None, compiled=False):
     return Way("vectorized_map", reason, make)
 
 
-def in_microbatches(losses, way, size):
+def in_microbatches(losses: ExampleLosses, way: Way, size: int) -> Way:
     """A way for whole batches that takes them in pieces of `size` examples by another way."""
     state = changeable(losses.model)
     make = functools.partial(Microbatches, losses, way=way, state=state, size=int(size))
     return Way(way.name, way.reason, make)
 
 
-def examples_that_fit(losses):
+def examples_that_fit(losses: ExampleLosses) -> int:
     """How many examples' gradients fit in the memory that is meant for them."""
     weights = losses.weights
     return max(1, _CHUNK_BYTES // (working_dtype(weights).size * vectors.size(weights)))

@@ -216,7 +216,8 @@ def _padded(t, pads):
 def _parts(t, axes):
     """All parts of a tensor that take one of the slices of each axis between first and last."""
     if any(a.step != 1 for axis in axes for a in axis):
-        return [t[(slice(None), *part)] for part in itertools.product(*axes)]
+        parts = ((slice(None), *part) for part in itertools.product(*axes))
+        return [t[part] for part in parts]
     # One constant less for each, in graphs with hundreds of them.
     size = tf.constant([-1, *(axis[0].stop - axis[0].start for axis in axes), t.shape[-1]])
     return [
