@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rgd import per_example as ways
+from keras_rgd._keras.models import layers_of
 from keras_rgd._support import vectors
 from keras_rgd._support.arguments import check_training
 from keras_rgd._support.batches import as_array, check_dense, check_lengths
@@ -204,7 +205,7 @@ class Measurement:
 
 
 def _trained(model):
-    return [layer.trainable for layer in model._flatten_layers()]
+    return [layer.trainable for layer in layers_of(model)]
 
 
 def _undefined_values(D, error):

@@ -10,6 +10,7 @@ import functools
 import keras
 import tensorflow as tf
 
+from keras_rgd._keras.graphs import current_graph
 from keras_rgd._support import rounding, vectors
 from keras_rgd.per_example.batch import batch_size
 from keras_rgd.per_example.gradients import ExampleSpace, PerExampleGradients, squares_of_rows
@@ -78,7 +79,7 @@ class Layerwise(PerExampleGradients):
         self._n = tf.cast(self.n_examples, self.dtype)
         counted = self.n_examples if isinstance(self.n_examples, int) else n
         u = tf.ones([self.n_examples], self.dtype)
-        graph = tf.compat.v1.get_default_graph()
+        graph = current_graph()
         examples = [tf.convert_to_tensor(t) for t in keras.tree.flatten(x) if t is not None]
         before = len(graph.get_operations())
         with tf.GradientTape(persistent=True) as tape:

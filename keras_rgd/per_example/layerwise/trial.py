@@ -11,8 +11,9 @@ import functools
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework.func_graph import FuncGraph
 
+from keras_rgd._keras.graphs import new_graph, placeholder
+from keras_rgd._keras.models import layers_of
 from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import (
     batch_size,
@@ -55,8 +56,8 @@ def traced(model, specs, training, n, precise=False):
     """
 
     def shown(specs, repeats):
-        with forgotten(), FuncGraph("layerwise").as_default():
-            batch = mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), specs)
+        with forgotten(), new_graph("layerwise").as_default():
+            batch = mapped(placeholder, specs)
             options = dict(training=training, n=n, repeats=repeats, precise=precise)
             return _shown(Layerwise(model, *batch, **options))
 
@@ -217,9 +218,7 @@ def _differ(a, b, accuracy):
 def tolerance(model):
     """How far two ways to one number of this model may be apart by rounding, relatively."""
     # Rounding differs with the batch; mixing shows in the leading half of the digits.
-    dtypes = {
-        keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
-    }
+    dtypes = {keras.backend.standardize_dtype(layer.compute_dtype) for layer in layers_of(model)}
     return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5
 
 
