@@ -1,8 +1,8 @@
 """What Keras makes of the batches that `fit` is given, on TensorFlow.
 
-Expected: batches come from an iterator of `tf.data`, with an empty `tf.experimental.Optional` for
-a missing target or weight in a batch and a `tf.OptionalSpec` in its `element_spec`. `train_step`
-gets `None` for these.
+Expected: batches come from an iterator of `tf.data`. Where a generator's batch has `None` for its
+targets or weights, there is an empty `tf.experimental.Optional` in the iterator's batch, and a
+`tf.OptionalSpec` in its `element_spec`; `train_step` gets `None` again.
 """
 
 import functools
