@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_rgd._keras.models import layers_of
 from keras_rgd._support import vectors
 from keras_rgd._support.arguments import check_training
 from keras_rgd.diffusion_matrix import DiffusionMatrix, NotFiniteError
@@ -136,7 +137,7 @@ class Measurement:
 
 
 def _trained(model):
-    return [layer.trainable for layer in model._flatten_layers()]
+    return [layer.trainable for layer in layers_of(model)]
 
 
 def _undefined_values(D, error):

@@ -9,11 +9,14 @@ import os
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.models.functional import Functional  # as in type(keras.Model(inputs, outputs))
 
 from keras_rgd import per_example
+from keras_rgd._keras import models as keras_models
+from keras_rgd._keras.data import given, iterator_of, specs_of_given, symbols_of
 from keras_rgd._support import batches
 from keras_rgd.optimizer import NotADirectionError, inner_rgd
+
+Functional = keras_models.functional_class()
 
 _SEEDS = "seed_generators.npz"
 
@@ -46,7 +49,7 @@ class RGDMixin:
         direction = [tf.cast(d, v.dtype) for d, v in zip(direction, variables, strict=True)]
         with optimizer.applying_direction():
             self.optimizer.apply(direction, variables)
-        self._loss_tracker.update_state(gradients.loss, sample_weight=gradients.n_examples)
+        keras_models.track_loss(self, gradients.loss, gradients.n_examples)
         x, y, sample_weight = batch
         return self.compute_metrics(x, y, gradients.y_pred, sample_weight=sample_weight)
 
@@ -87,7 +90,7 @@ class RGDMixin:
                 if not first:
                     raise StopIteration
                 self._choose_way(*self._prepared(first[0], spec))
-                iterator = iter(first) if spec is None else _iterator(first, spec)
+                iterator = iter(first) if spec is None else iterator_of(first, spec)
             return train_function(iterator)
 
         return prepared_train_function
@@ -96,7 +99,7 @@ class RGDMixin:
         """What `train_step` above gets of a batch, and the specs of it, by its own preparation."""
         _check_dense(data)
         if spec is None:
-            spec = keras.tree.map_structure(_spec, data)
+            spec = specs_of_given(data)
         mine = next(c for c in type(self).__mro__ if "train_step" in vars(c))
         if mine is RGDMixin:
             return data, spec
@@ -119,7 +122,7 @@ class RGDMixin:
         with per_example.unchanged(self):
             prepared = function(data)
         _check_dense(prepared)
-        return prepared, keras.tree.map_structure(_spec, traced.structured_outputs)
+        return prepared, specs_of_given(traced.structured_outputs)
 
     def _choose_way(self, data, spec):
         """Build the model for its data, and choose the way to per-example gradients.
@@ -127,14 +130,13 @@ class RGDMixin:
         A layer built inside a compiled step has given wrong numbers, and any variable made there
         has the step traced twice.
         """
-        self._symbolic_build(data_batch=keras.tree.map_structure(_symbolic, spec))
+        keras_models.build_by_symbols(self, symbols_of(spec))
         if not self.trainable_variables:
             raise ValueError(f"Model '{self.name}' has no trainable weights for RGD to train.")
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
         batch, specs = (
-            per_example.Batch(*keras.utils.unpack_x_y_sample_weight(_given(t)))
-            for t in (data, spec)
+            per_example.Batch(*keras.utils.unpack_x_y_sample_weight(given(t))) for t in (data, spec)
         )
         self._step_state.ways.choose(specs, batch.mapped(tf.convert_to_tensor))
 
@@ -152,52 +154,9 @@ class RGDMixin:
             seed.state.assign(states[str(i)])
 
 
-def _iterator(batches, spec):
-    """The batches from a tf.data iterator of `spec`, so that their step is traced as the others.
-
-    The batch size of a tensor is known when the step is traced, and Keras weights the loss of
-    each of several outputs by it where it is.
-    """
-
-    def relaxed(tensor, spec):
-        if isinstance(spec, tf.TensorSpec):
-            return tf.compat.v1.placeholder_with_default(tensor, spec.shape)
-        return tensor
-
-    @tf.autograph.experimental.do_not_convert
-    def all_relaxed(*batch):
-        # A data set of tuples hands out their parts.
-        return keras.tree.map_structure(
-            relaxed, batch if isinstance(spec, tuple) else batch[0], spec
-        )
-
-    datasets = [tf.data.Dataset.from_tensors(batch).map(all_relaxed) for batch in batches]
-    return iter(functools.reduce(lambda a, b: a.concatenate(b), datasets))
-
-
-def _symbolic(leaf):
-    if _absent(leaf):
-        return None
-    return keras.KerasTensor(tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype))
-
-
-def _spec(leaf):
-    return None if _absent(leaf) else tf.TensorSpec(leaf.shape, leaf.dtype)
-
-
-def _given(data):
-    """A batch with `None` for what is not in it."""
-    return keras.tree.map_structure(lambda t: None if _absent(t) else t, data)
-
-
 def _check_dense(data):
-    batch = keras.utils.unpack_x_y_sample_weight(_given(data))
+    batch = keras.utils.unpack_x_y_sample_weight(given(data))
     batches.check_dense(*batch, what="RGD by the gradients of examples")
-
-
-def _absent(leaf):
-    # Keras passes a missing target or weight through tf.data as an empty optional.
-    return leaf is None or isinstance(leaf, tf.experimental.Optional | tf.OptionalSpec)
 
 
 class _PreparedError(Exception):
@@ -257,24 +216,18 @@ class RGDModel(RGDMixin, keras.Model):
     """`keras.Model` whose training step is RGD's: `RGDModel(inputs, outputs)`, or subclass it."""
 
     def __new__(cls, *args, **kwargs):
-        if cls is RGDModel and _is_functional(args, kwargs):
+        if cls is RGDModel and keras_models.makes_functional(args, kwargs):
             cls = RGDFunctional
         return super().__new__(cls, *args, **kwargs)
 
     # By these names of its arguments Keras sees that a functional model can be reloaded so.
     def __init__(self, *args, **kwargs):
         cls = type(self)
-        if _is_functional(args, kwargs) and not isinstance(self, Functional):
+        if keras_models.makes_functional(args, kwargs) and not isinstance(self, Functional):
             # Keras would exchange the base of every class above this one, `RGDModel` too, and no
             # model with layers of its own could be a subclass of `RGDModel` any more.
             cls.__bases__ = tuple(RGDFunctional if b is RGDModel else b for b in cls.__bases__)
         super().__init__(*args, **kwargs)
-
-
-def _is_functional(args, kwargs):
-    given = [*args[:2], *(kwargs[name] for name in ("inputs", "outputs") if name in kwargs)]
-    leaves = keras.tree.flatten(given)
-    return len(given) == 2 and all(isinstance(t, keras.KerasTensor) for t in leaves)
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")

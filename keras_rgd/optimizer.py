@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
+from keras_rgd._keras import optimizers as keras_optimizers
 from keras_rgd._support import arguments
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.direction import iterated_step_of, step_of
@@ -35,7 +36,7 @@ class NotADirectionError(ValueError):
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")
-class RGD(keras.optimizers.Optimizer):
+class RGD(keras_optimizers.DirectedOptimizer):
     """Gradient descent in the diffusion metric (relativistic gradient descent).
 
     Each step goes along `(I - eps D) v`, Eq. (10) of Fioresi, Chaudhari and Soatto (2020): v is
@@ -223,7 +224,7 @@ class RGD(keras.optimizers.Optimizer):
         options = dict(trainable=False, aggregation="only_first_replica", name=name)
         with keras.name_scope(self.name):
             scalar = Scalar("zeros", (), dtype, **options)
-        self._track_variable(scalar)
+        keras_optimizers.track(self, scalar)
         return scalar
 
     def direction(self, gradients):
@@ -280,7 +281,7 @@ class RGD(keras.optimizers.Optimizer):
 
         Fewer weights may be trained than the optimizer was built for; of one more Keras says so.
         """
-        slots = zip(self._trainable_variables, self.top_directions, strict=True)
+        slots = zip(keras_optimizers.built_for(self), self.top_directions, strict=True)
         of = {id(variable.value): slot for variable, slot in slots}
         return [of.get(id(w)) for w in weights]
 
@@ -331,34 +332,20 @@ class RGD(keras.optimizers.Optimizer):
             raise NotADirectionError(_ORDINARY_MODEL)
         super().apply(grads, trainable_variables)
 
-    def _backend_apply_gradients(self, grads, trainable_variables):
-        # Places and not variables, which Keras would take for some of the optimizer's own.
-        self._places = [self._get_variable_index(v) for v in trainable_variables]
-        super()._backend_apply_gradients(grads, trainable_variables)
+    def _directs(self):
+        return self.window is not None and not self._applies_direction
 
-    def _clip_gradients(self, grads):
-        """What Keras does first in an update, once gradients are unscaled and accumulated."""
-        if self.window is None or self._applies_direction:
-            return super()._clip_gradients(grads)
-        replicas = _replicas()
-        if replicas > 1:
-            pairs = zip(grads, self._places, strict=True)
-            grads = [g for g, _ in self._all_reduce_sum_gradients(pairs)]
-        direction = super()._clip_gradients(self._along_window(grads))
-        # Keras adds up what the replicas hand it, and each has the whole direction.
-        return direction if replicas == 1 else [d / replicas for d in direction]
-
-    def _along_window(self, gradients):
-        """(I - eps D) v with the window's D, for the gradients v in `self._places`."""
+    def _along(self, gradients, places):
+        """(I - eps D) v with the window's D, for the gradients v in `places`."""
         v = [None] * len(self._window.variables)
-        for place, gradient in zip(self._places, gradients, strict=True):
+        for place, gradient in zip(places, gradients, strict=True):
             v[place] = gradient
         step = self._window.step(v, self.batch_size or 1)
         epsilon, cut = self._choose(step.spectrum)
         direction = step.direction(epsilon)
         step.store()
         self._values.record(step, epsilon, cut, self.epsilon.decay)
-        pairs = zip(self._places, gradients, strict=True)
+        pairs = zip(places, gradients, strict=True)
         return [ops.cast(direction[place], gradient.dtype) for place, gradient in pairs]
 
     @property
@@ -387,13 +374,14 @@ class RGD(keras.optimizers.Optimizer):
 
     def update_step(self, gradient, variable, learning_rate):
         """The update of `keras.optimizers.SGD`, of one variable along its direction."""
+        self._check_directed()
         learning_rate = keras.ops.cast(learning_rate, variable.dtype)
         step = keras.ops.cast(gradient, variable.dtype) * learning_rate
         if self.momentum == 0:
             self.assign_sub(variable, step)
             return
         momentum = keras.ops.cast(self.momentum, variable.dtype)
-        velocity = self.momentums[self._get_variable_index(variable)]
+        velocity = self.momentums[keras_optimizers.place_of(self, variable)]
         self.assign(velocity, velocity * momentum - step)
         self.assign_add(variable, velocity * momentum - step if self.nesterov else velocity)
 
@@ -418,15 +406,5 @@ class RGD(keras.optimizers.Optimizer):
 
 def inner_rgd(optimizer):
     """The `RGD` that `optimizer` is or wraps (mixed precision wraps it), or `None`."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner = keras_optimizers.unwrapped(optimizer)
     return inner if isinstance(inner, RGD) else None
-
-
-def _replicas():
-    """How many replicas take this step together, in the replica context of `tf.distribute`."""
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    return 1 if context is None else context.num_replicas_in_sync

@@ -143,6 +143,17 @@ for options in ({}, {"momentum": 0.9, "global_clipnorm": 0.5}):
     for a, b in zip([*one, spectrum], [*two, spectra]):
         np.testing.assert_allclose(b, a, rtol=2e-4, atol=1e-5)
     print("equal", float(one[-1]) > 0)
+
+class Elsewhere(keras_rgd.RGD):
+    # As of a Keras that clips elsewhere.
+    def _clip_gradients(self, grads):
+        return grads
+
+keras_rgd.RGD = Elsewhere
+try:
+    trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), {})
+except RuntimeError as error:
+    print("refused" if "took an update without asking" in str(error) else error)
 """
 
 
@@ -151,7 +162,7 @@ def test_two_replicas_take_the_steps_of_one():
         [sys.executable, "-c", STRATEGY], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["equal", "True"] * 2
+    assert result.stdout.split() == ["equal", "True"] * 2 + ["refused"]
 
 
 def test_an_rgd_model_with_a_window_is_its_parent():

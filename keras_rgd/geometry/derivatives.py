@@ -4,12 +4,12 @@ Reverse mode alone: TensorFlow's forward mode has no rule for loops, so not for 
 derivative along u is had as the gradient, by a cotangent z, of an expression that is linear in z.
 """
 
-import contextlib
 import functools
-from unittest import mock
 
 import tensorflow as tf
 
+from keras_rgd._keras.graphs import handles_in, moments_exchanged
+from keras_rgd._keras.models import layers_of
 from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import working_dtype
@@ -120,7 +120,7 @@ class Derivatives:
         What hides behind tf.stop_gradient is missing from them, also where the first are right; in
         half precision they are mostly rounding.
         """
-        half = {layer.compute_dtype for layer in self._model._flatten_layers()} & _HALF
+        half = {layer.compute_dtype for layer in layers_of(self._model)} & _HALF
         if half:
             raise ValueError(
                 f"Model '{self._model.name}' computes in half precision, which second derivatives "
@@ -129,8 +129,7 @@ class Derivatives:
                 f"Received: {', '.join(sorted(half))}"
             )
         graph = tf.function(self.losses, autograph=False).get_concrete_function().graph
-        handles = [w.handle for w in self.weights]
-        depends = {id(i) for e, i in graph.captures if any(e is handle for handle in handles)}
+        depends = {id(t) for t in handles_in(graph, self.weights)}
         hidden = []
         for operation in graph.get_operations():
             if any(id(t) in depends for t in operation.inputs):
@@ -148,7 +147,7 @@ class Derivatives:
 
     def _losses(self):
         """L(1), a scalar, and f, shape (N,)."""
-        with _twice_differentiable_moments():
+        with moments_exchanged(_moments):
             y_pred = self._example_losses.forward(self._batch.x)
         ones = tf.ones([self.n_examples], self.dtype)
         loss, derivatives = self._example_losses(self._batch, y_pred, ones)
@@ -167,18 +166,12 @@ class Derivatives:
         return tape.gradient(target, z, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-@contextlib.contextmanager
-def _twice_differentiable_moments():
-    """Inside, normalization layers have second derivatives.
+def _moments(x, axes, shift=None, keepdims=False, name=None):
+    """`tf.nn.moments`, but so that normalization layers have second derivatives.
 
-    `tf.nn.moments` hides the mean from the variance by tf.stop_gradient, which is right for first
+    TensorFlow's own hides the mean from the variance by tf.stop_gradient, which is right for first
     derivatives only.
     """
-
-    def moments(x, axes, shift=None, keepdims=False, name=None):
-        mean = tf.reduce_mean(x, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
-        return mean if keepdims else tf.squeeze(mean, axes), variance
-
-    with mock.patch.object(tf.nn, "moments", moments):
-        yield
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
+    return mean if keepdims else tf.squeeze(mean, axes), variance

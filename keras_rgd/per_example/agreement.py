@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from keras_rgd._keras.models import layers_of
 from keras_rgd._support import vectors
 
 # NumPy's finfo does not know bfloat16.
@@ -34,7 +35,5 @@ def first_unequal(model, ours, ordinary):
 def tolerance(model):
     """How far two ways to one number of this model may be apart by rounding, relatively."""
     # Rounding differs with the batch; mixing shows in the leading half of the digits.
-    dtypes = {
-        keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
-    }
+    dtypes = {keras.backend.standardize_dtype(layer.compute_dtype) for layer in layers_of(model)}
     return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5

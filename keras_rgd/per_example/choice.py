@@ -8,6 +8,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from keras_rgd._keras.models import layers_of
 from keras_rgd.per_example import way as ways
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.layerwise.check import check_layerwise
@@ -163,5 +164,5 @@ class StepWays:
         return (
             structure(batch),
             trained,
-            tuple(layer.trainable for layer in model._flatten_layers()),
+            tuple(layer.trainable for layer in layers_of(model)),
         )

@@ -2,6 +2,8 @@
 
 import typing
 
+from keras_rgd._keras.models import calls_replaced, layers_of
+
 
 class Call(typing.NamedTuple):
     """One call of a layer."""
@@ -31,14 +33,8 @@ def calls(model, forward, mark=lambda: None):
 
         return observed_call
 
-    layers = list(model._flatten_layers(include_self=False))
-    for layer in layers:
-        layer.__dict__["call"] = observed(layer, layer.call)
-    try:
+    with calls_replaced(layers_of(model, include_self=False), observed):
         forward()
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("call", None)
     return record
 
 

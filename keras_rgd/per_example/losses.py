@@ -12,6 +12,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_rgd._keras.models import (
+    calls_replaced,
+    hang_on,
+    has_training_argument,
+    logits_of,
+    losses_by_path,
+    mask_of,
+)
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.layer_calls import class_name
 
@@ -38,7 +46,7 @@ class ExampleLosses:
 
     def forward(self, x: Any) -> Any:
         """The model's output; `training` only where its `call` takes it, as Keras does."""
-        if self.model._call_has_training_arg:
+        if has_training_argument(self.model):
             return self.model(x, training=self.training)
         return self.model(x)
 
@@ -123,8 +131,6 @@ class ExampleLosses:
 
     def _asked_ranks(self, given, flat):
         """The losses are asked themselves, in a graph that is never run, so no metric moves."""
-        if self.model._compile_loss is None:
-            return {}
 
         def compute(*tensors):
             tensors = iter(tensors)
@@ -136,35 +142,14 @@ class ExampleLosses:
             specs = [tf.type_spec_from_value(t) for t in flat if t is not None]
             tf.function(compute, autograph=False).get_concrete_function(*specs)
 
-        if not self.model._compile_loss.built:
+        if losses_by_path(self.model) is None:
             trace()
-        if not self.model._compile_loss.built:
-            return {}  # a `compute_loss` of the user's own that never asks the compiled losses
-        return self._recorded_ranks(trace)
-
-    def _recorded_ranks(self, trace):
-        """The ranks by path, from what the compiled losses return while `trace()` runs."""
-        losses, calls, ranks = self.compiled_losses(), [], {}
-        for loss in losses:
-            _check_reduction(loss)
-            loss.call = _recording(loss, calls)
-        try:
-            trace()
-        finally:
-            for loss in losses:
-                loss.__dict__.pop("call", None)
-        # One loss object may serve several outputs, so it is the order of the calls that tells.
-        for path, loss, _, _ in self.model._compile_loss._flat_losses:
-            first = next((i for i, (called, _) in enumerate(calls) if called is loss), None)
-            if first is not None:
-                path = tuple(path)
-                ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
-        return ranks
+        # Where they are still not built, a `compute_loss` of the user's own never asks them.
+        return _recorded_ranks(losses_by_path(self.model) or [], trace)
 
     def compiled_losses(self) -> list:
         """The losses that the model was compiled with, once `compute_loss` has built them."""
-        flat = getattr(self.model._compile_loss, "_flat_losses", None) or []
-        return [loss for _, loss, _, _ in flat]
+        return [loss for _, loss in losses_by_path(self.model) or []]
 
 
 def what_losses_read(y_pred):
@@ -173,7 +158,7 @@ def what_losses_read(y_pred):
     Keras lets a softmax or a sigmoid carry its logits, and its losses then read those instead.
     """
     outputs = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
-    return outputs + [t._keras_logits for t in outputs if hasattr(t, "_keras_logits")]
+    return outputs + [logits_of(t) for t in outputs if logits_of(t) is not None]
 
 
 def replaced(y_pred, function):
@@ -185,12 +170,8 @@ def replaced(y_pred, function):
     def one(tensor):
         if not tf.is_tensor(tensor) or not tensor.dtype.is_floating:
             return tensor
-        new = function(tensor)
-        if hasattr(tensor, "_keras_logits"):
-            new._keras_logits = function(tensor._keras_logits)
-        mask = getattr(tensor, "_keras_mask", None)
-        if mask is not None:
-            new._keras_mask = mask
+        new, logits = function(tensor), logits_of(tensor)
+        hang_on(new, logits if logits is None else function(logits), mask_of(tensor))
         return new
 
     return keras.tree.map_structure(one, y_pred)
@@ -198,7 +179,7 @@ def replaced(y_pred, function):
 
 def has_mask(y_pred):
     """Whether an output that a loss may read carries a mask, whose losses count valid steps."""
-    return any(getattr(t, "_keras_mask", None) is not None for t in what_losses_read(y_pred))
+    return any(mask_of(t) is not None for t in what_losses_read(y_pred))
 
 
 def _times(u, user, rank):
@@ -215,14 +196,35 @@ def _expanded(tensor, rank):
     return shape + [1] * (rank - tensor.shape.rank)
 
 
-def _recording(loss, calls):
-    def recording_call(y_true, y_pred):
-        values = type(loss).call(loss, y_true, y_pred)
-        _check_values(loss, values)
-        calls.append((loss, len(values.shape)))
-        return values
+def _recorded_ranks(losses, trace):
+    """The ranks by path, from what the compiled losses return while `trace()` runs.
 
-    return recording_call
+    Args:
+        losses: pairs of a path in the model's output and a loss.
+        trace: a function that calls the losses in that order.
+    """
+    calls, ranks = [], {}
+    for _, loss in losses:
+        _check_reduction(loss)
+
+    def recorded(loss, call):
+        def recorded_call(y_true, y_pred):
+            values = call(y_true, y_pred)
+            _check_values(loss, values)
+            calls.append((loss, len(values.shape)))
+            return values
+
+        return recorded_call
+
+    if losses:
+        with calls_replaced([loss for _, loss in losses], recorded):
+            trace()
+    # One loss object may serve several outputs, so it is the order of the calls that tells.
+    for path, loss in losses:
+        first = next((i for i, (called, _) in enumerate(calls) if called is loss), None)
+        if first is not None:
+            ranks[path] = max(ranks.get(path, 0), calls.pop(first)[1])
+    return ranks
 
 
 _IGNORES_WEIGHTS = (

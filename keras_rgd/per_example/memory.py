@@ -12,6 +12,8 @@ from typing import Any
 
 import keras
 
+from keras_rgd._keras.models import compiled_loss, layers_of
+
 # Where a model keeps what is remembered. By its `__dict__`, as Keras would track an attribute; so
 # it goes when the model goes, is not saved, and no copy of the model has it.
 _PLACE = "_keras_rgd_memory"
@@ -79,10 +81,9 @@ class _Memory:
 
 def _structure(model):
     """What a trace of the model's loss depends on: objects, and values to be compared."""
-    layers = list(model._flatten_layers())
+    layers = list(layers_of(model))
     weights = model.variables
-    loss = getattr(model, "_compile_loss", None)
-    objects = [type(model), loss, *layers, *weights]
+    objects = [type(model), compiled_loss(model), *layers, *weights]
     values = (
         keras.config.floatx(),
         tuple(v.trainable for v in weights),

@@ -6,6 +6,7 @@ For `microbatch_size`, and for passes over a data set. The model is left as it w
 import numpy as np
 import tensorflow as tf
 
+from keras_rgd._keras.models import layers_of
 from keras_rgd._support import vectors
 from keras_rgd.per_example.agreement import first_unequal
 from keras_rgd.per_example.batch import takes_any_size
@@ -64,7 +65,7 @@ def check_microbatches(losses, specs, batch=None, sizes=None):
     weights = {id(v) for v in model.trainable_variables}
     changed = layers_that_change_state(losses, batch.x, lambda v: id(v) in weights)
     if changed:
-        outer = [a for a in model.layers if any(b in a._flatten_layers() for b in changed)]
+        outer = [a for a in model.layers if any(b in layers_of(a) for b in changed)]
         raise NotExactError(
             f"Layer {named(outer or changed)} changes a trainable weight in each forward pass.",
             _ADVICE,

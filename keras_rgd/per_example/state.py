@@ -2,8 +2,10 @@
 
 import contextlib
 
-import keras
 import numpy as np
+
+from keras_rgd._keras import models as keras_models
+from keras_rgd._keras.models import layers_of, recurrent_states
 
 
 @contextlib.contextmanager
@@ -30,19 +32,13 @@ def state_of(model):
     Seeds, moving statistics, kernels that SpectralNormalization assigns, metrics; and the states
     of recurrent layers, which Keras does not list among a model's variables.
     """
-    recurrent = [layer.states for layer in model._flatten_layers() if hasattr(layer, "states")]
-    states = [s for s in keras.tree.flatten(recurrent) if isinstance(s, keras.Variable)]
+    states = [s for layer in layers_of(model) for s in recurrent_states(layer)]
     return model.variables + [v for m in model.metrics for v in m.variables] + states
 
 
 def seed_generators(model):
     """The generators of a model's random numbers."""
-    generators = [
-        value
-        for layer in model._flatten_layers()
-        for value in vars(layer).values()
-        if isinstance(value, keras.random.SeedGenerator)
-    ]
+    generators = [g for layer in layers_of(model) for g in keras_models.seed_generators(layer)]
     # A shared layer is met more than once.
     return list(dict.fromkeys(generators))
 
@@ -64,13 +60,11 @@ def layers_that_change_state(losses, x, concerns=lambda variable: True):
         id(v) for v, a, b in zip(variables, before, after, strict=True) if not np.array_equal(a, b)
     }
     owners = [
-        layer
-        for layer in losses.model._flatten_layers(include_self=True)
-        if changed & {id(v) for v in _own_state(layer)}
+        layer for layer in layers_of(losses.model) if changed & {id(v) for v in _own_state(layer)}
     ]
     # A container holds its layers' variables too; the innermost owner is the one to name.
-    return [a for a in owners if not any(b is not a and b in a._flatten_layers() for b in owners)]
+    return [a for a in owners if not any(b is not a and b in layers_of(a) for b in owners)]
 
 
 def _own_state(layer):
-    return layer.variables + keras.tree.flatten(getattr(layer, "states", []))
+    return layer.variables + recurrent_states(layer)

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import re
 
 import keras
 import numpy as np
@@ -355,6 +356,67 @@ def test_half_precision_trains_and_skips_what_overflows():
     assert 0 < int(rgd._window.stored) == int(rgd.iterations)
     assert history["loss"][-1] < 0.5 * history["loss"][0]
     assert np.all(np.isfinite(rgd.diffusion_matrix().eigenvalues()))
+
+
+# a Keras that updates otherwise
+
+
+class Elsewhere(keras.optimizers.Optimizer):
+    """As a Keras that clips elsewhere: its updates do not call `_clip_gradients`."""
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        def update():
+            self._apply_weight_decay(trainable_variables)
+            self._backend_update_step(grads, trainable_variables, self.learning_rate)
+
+        if self.gradient_accumulation_steps:
+            ops.cond(self._iterations >= 0, update, lambda: None)
+        else:
+            update()
+
+
+class OnElsewhere(keras_rgd.RGD, Elsewhere):
+    """RGD on such a Keras: it stands between RGD's bases and Keras's optimizer."""
+
+
+NEVER_ASKED = rf"Keras {re.escape(keras.__version__)} took an update without asking.*OnElsewhere"
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_an_update_that_passes_the_window_by_is_refused(options):
+    weights, optimizer = variables(), OnElsewhere(1.0, window=2, **options)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=NEVER_ASKED):
+            optimizer.apply([ops.ones(s) for s in SHAPES], weights)
+    np.testing.assert_array_equal(flat(weights), 0)
+
+
+def ways_to_run():
+    eager = {"run_eagerly": True, "jit_compile": False}
+    if keras.backend.backend() == "torch":
+        return [eager]
+    return [eager, {"jit_compile": False}, {"jit_compile": True}]
+
+
+@pytest.mark.parametrize("flags", ways_to_run(), ids=str)
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_fit_with_an_update_that_passes_the_window_by_is_refused(flags, policy):
+    keras.config.set_dtype_policy(policy)
+    x, y = data(2)
+    model = linear(OnElsewhere(0.05, window=4), **flags)
+    before = flat(model.trainable_variables)
+    with pytest.raises(RuntimeError, match=NEVER_ASKED):
+        model.fit(x, y, batch_size=8, verbose=0)
+    # An error in fit leaves a model no weights on JAX.
+    if keras.backend.backend() != "jax":
+        np.testing.assert_array_equal(flat(model.trainable_variables), before)
+
+
+def test_a_direction_that_is_applied_needs_no_window():
+    weights, optimizer = variables(), OnElsewhere(1.0, window=2)
+    optimizer.build(weights)
+    optimizer.apply_direction([ops.ones(s) for s in SHAPES], weights)
+    np.testing.assert_array_equal(flat(weights), -1)
 
 
 # what users are told

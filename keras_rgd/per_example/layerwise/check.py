@@ -3,6 +3,7 @@
 The model is left as it was: weights, seed generators, moving statistics, states and metrics.
 """
 
+from keras_rgd._keras.models import layers_of
 from keras_rgd.per_example.batch import takes_any_size
 from keras_rgd.per_example.layer_calls import named
 from keras_rgd.per_example.layerwise import trial
@@ -69,7 +70,7 @@ def check_layerwise(losses, specs, options, batch=None, sizes=None):
 
 def _hidden(model, error):
     variable = model.trainable_variables[error.weight]
-    owner = [a for a in model._flatten_layers() if any(v is variable for v in a.variables)][-1]
+    owner = [a for a in layers_of(model) if any(v is variable for v in a.variables)][-1]
     return (
         f"Layer {named([owner])} uses its weight '{variable.path}' in {error}, where per-example "
         "gradients cannot be read off."

@@ -10,6 +10,7 @@ import functools
 
 import tensorflow as tf
 
+from keras_rgd._keras.graphs import current_graph
 from keras_rgd._support import rounding, vectors
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import ExampleSpace, PerExampleGradients, squares_of_rows
@@ -89,7 +90,7 @@ class Layerwise(PerExampleGradients):
 
     def _go_forward(self, losses, batch):
         """The forward pass and the losses, on a tape; the operations of the pass."""
-        graph = tf.compat.v1.get_default_graph()
+        graph = current_graph()
         before = len(graph.get_operations())
         u = tf.ones([self.n_examples], self.dtype)
         with tf.GradientTape(persistent=True) as self._tape:

@@ -11,8 +11,8 @@ import functools
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework.func_graph import FuncGraph
 
+from keras_rgd._keras.graphs import new_graph, placeholder
 from keras_rgd.per_example.agreement import first_unequal, tolerance
 from keras_rgd.per_example.batch import takes_any_size
 from keras_rgd.per_example.gradients import working_dtype
@@ -52,8 +52,8 @@ def traced(losses, specs, options):
     """
 
     def shown(specs, repeats):
-        with forgotten(), FuncGraph("layerwise").as_default():
-            batch = specs.mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape))
+        with forgotten(), new_graph("layerwise").as_default():
+            batch = specs.mapped(placeholder)
             asked = dataclasses.replace(options, repeats=repeats)
             return _shown(Layerwise(losses, batch, options=asked))
 

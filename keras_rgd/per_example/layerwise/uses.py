@@ -11,6 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_rgd._keras.graphs import current_graph, handles_in
+
 # These see the shape of a tensor alone.
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank", "VariableShape"}
 
@@ -130,8 +132,7 @@ def find_uses(operations, weights, examples, n, repeats):
     Raises:
         NotVisibleError: an operation that holds others (a loop, a function) uses a weight.
     """
-    graph = tf.compat.v1.get_default_graph()
-    handles = {graph.capture(w.handle).name: i for i, w in enumerate(weights)}
+    handles = {t.name: i for i, t in enumerate(handles_in(current_graph(), weights))}
     n_examples = tf.shape(examples[0])[0] if n is None else n
     elements = {t.name: _entries(t) or _OPEN for t in examples}  # of one example
     paths, blocks, found = {}, {}, []

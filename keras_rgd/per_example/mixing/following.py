@@ -10,6 +10,7 @@ import typing
 
 import tensorflow as tf
 
+from keras_rgd._keras.graphs import function_graph, has_gradient_of_its_own, placeholder
 from keras_rgd.per_example import single_operation
 from keras_rgd.per_example.mixing.places import Place, UnknownError, agreed
 
@@ -133,7 +134,7 @@ class Follower:
             outputs = self._by_rule(op, inputs)
         outputs = [_as_dtype(found, t) for found, t in zip(outputs, op.outputs, strict=True)]
         apart = any(found and found.follows and found.mixed is None for found in outputs)
-        if apart and _has_gradient_of_its_own(op):
+        if apart and has_gradient_of_its_own(op):
             outputs = self._checked_backward(op, inputs, outputs)
         return outputs
 
@@ -200,7 +201,7 @@ class Follower:
 
     @staticmethod
     def _function(op, name):
-        return _graph_of(op, op.get_attr(name).name)
+        return function_graph(op, op.get_attr(name).name)
 
     def _called(self, op, graph, inputs, tensors):
         """The outputs of a function that an operation calls.
@@ -226,7 +227,7 @@ class Follower:
         if op.type in ("If", "StatelessIf"):
             graphs = [self._function(op, name) for name in ("then_branch", "else_branch")]
         else:
-            graphs = [_graph_of(op, f.name) for f in op.get_attr("branches")]
+            graphs = [function_graph(op, f.name) for f in op.get_attr("branches")]
         decides, arguments = inputs[0], inputs[1:]
         outputs = [self._called(op, graph, arguments, op.inputs[1:]) for graph in graphs]
         joined = [self._joined(op, found) for found in zip(*outputs, strict=True)]
@@ -281,7 +282,7 @@ class Follower:
         with graph.as_default():
             floating = [t for t in op.outputs if t.dtype.is_floating]
             moving = [i for i, t in enumerate(op.inputs) if t.dtype.is_floating and inputs[i]]
-            cotangents = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in floating]
+            cotangents = [placeholder(t) for t in floating]
             try:
                 xs = [op.inputs[i] for i in moving]
                 gradients = tf.gradients(floating, xs, grad_ys=cotangents)
@@ -307,12 +308,6 @@ class Follower:
         return outputs
 
 
-def _graph_of(op, name):
-    """The graph of a function that an operation names; `None` where it cannot be seen."""
-    # Functions that were not traced, as those of TensorFlow's CTC loss, have none.
-    return getattr(op.graph._get_function(name), "graph", None)
-
-
 def _cause(op):
     return Cause(op, op.type)
 
@@ -333,9 +328,3 @@ def _as_dtype(found, tensor):
         return found
     statistic = found.statistic or found.mixed
     return Found(found.place, False, None, statistic and statistic._replace(known=False))
-
-
-def _has_gradient_of_its_own(op):
-    if op.type in _CALLS | _BRANCHES | _LOOPS:
-        return False
-    return "_gradient_op_type" in op.node_def.attr

@@ -10,8 +10,8 @@ import typing
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework.func_graph import FuncGraph
 
+from keras_rgd._keras.graphs import handles_in, new_graph, placeholder
 from keras_rgd.per_example.batch import Batch, mapped
 from keras_rgd.per_example.layer_calls import calls, named
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
@@ -120,12 +120,13 @@ def _length(size, given):
 
 def _followed(losses, specs):
     model = losses.model
-    graph, traced = FuncGraph("examples"), {}
+    graph, traced = new_graph("examples"), {}
     given = handles = None
     with graph.as_default():
-        given = specs.mapped(lambda s: tf.compat.v1.placeholder(s.dtype, s.shape))
-        captured = [graph.capture(w.value.handle).name for w in model.trainable_variables]
-        handles = dict(zip(captured, model.trainable_variables, strict=True))
+        given = specs.mapped(placeholder)
+        captured = handles_in(graph, losses.weights)
+        pairs = zip(captured, model.trainable_variables, strict=True)
+        handles = {t.name: variable for t, variable in pairs}
 
         def forward():
             traced["y_pred"] = losses.forward(given.x)
