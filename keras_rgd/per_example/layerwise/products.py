@@ -69,7 +69,7 @@ class Contraction(Form):
         return tf.reshape(rows, [-1, self.size])
 
     def _back(self, v):
-        """V as a (..., A, B)."""
+        """v, shaped as T, as factors see it: shape (..., A, B)."""
         if self._order is not None:
             inverse = [self._order.index(i) for i in range(len(self._order))]
             v = tf.transpose(tf.reshape(v, self.shape), inverse)
