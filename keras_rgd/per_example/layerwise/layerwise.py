@@ -1,8 +1,9 @@
 """Per-example gradients from one ordinary forward and backward pass over the batch.
 
-Where examples do not mix, the gradient of the batch's loss at the output of an operation holds
-every example's own; with the operation's input it gives that operation's part of g_i. So the three
-operations cost a few matrix products for each use of a weight, and no matrix of all g_i is kept.
+Where examples do not mix, the gradient of the batch's loss at the output of an operation has the
+gradient of each example's loss in its rows; with the operation's input it gives that operation's
+part of g_i. So <g_i, v>, sum_i w_i g_i and <g_i, g_j> cost a few matrix products for each use of a
+weight, and no matrix of all g_i is kept. `docs/layerwise.md` draws one model.
 """
 
 import functools
@@ -18,15 +19,15 @@ from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
 from keras_rgd.per_example.losses import call_model, example_losses, replaced, what_losses_read
 
-# The Gram matrix gives a guaranteed bound on M_x; it is formed while its work is at most that of so
-# many SGD steps, or too little to tell. Beyond, products with D estimate M_x.
+# The Gram matrix gives a guaranteed bound on M_x. It is formed where its work is at most that of
+# _GRAM_STEPS SGD steps, or so little that it does not matter; else products with D estimate M_x.
 _GRAM_STEPS = 2
 _GRAM_FLOOR = 5e7  # multiply-adds
 
-# The bound's N x N products.
+# How many products of N x N matrices the bound takes.
 _POWERS = 3
 
-# Squares of gradients, in their unit, that float32 holds with room for what enters them.
+# Between these, squares of gradients in their unit leave float32 room for the products in them.
 _RANGE = 1e-18, 1e30
 
 
@@ -42,14 +43,16 @@ class Layerwise(PerExampleGradients):
         loss_scale: factor that keeps half-precision gradients in range; it cancels.
         n: N, to count work by where it is not known when the step is traced. Defaults to `64`.
         compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
-        repeats: how many operations give a weight its axis of examples, as `check_layerwise` found
-            them to. Defaults to `True`, as many as look so.
+        repeats: how many operations repeat a weight for each example, as a class token: the number
+            that `check_layerwise` found, so that another length of batch that finds another is
+            refused. Defaults to `True`, as many as look so.
         precise: whether to work in float64, so that the Gram matrix keeps the digits that
-            centring loses; and to form it whatever it costs, from one weight after another, as
-            room is short then. Defaults to `False`.
-        cotangent_noise: a function from an output (N, ...) to R, of its shape, or to `None`; then
-            the losses are f_i + <R_i, output_i>, R in the unit of the cotangents: for a trial in
-            which every output tells, whatever the losses are. Defaults to `None`.
+            centring loses, and to form it whatever it costs, from one weight after another, as
+            memory is short then. Defaults to `False`.
+        cotangent_noise: for the trial, which should see every output of the model even where the
+            loss ignores it: a function from an output (N, ...) to numbers R of its shape, or to
+            `None`. The losses are then f_i + <R_i, output_i>, R in the unit of the cotangents.
+            Defaults to `None`.
 
     Raises:
         NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
@@ -81,11 +84,13 @@ class Layerwise(PerExampleGradients):
         graph = tf.compat.v1.get_default_graph()
         examples = [tf.convert_to_tensor(t) for t in keras.tree.flatten(x) if t is not None]
         before = len(graph.get_operations())
+        # The forward pass, whose operations are those after `before`, and the losses.
         with tf.GradientTape(persistent=True) as tape:
             self.y_pred = call_model(model, x, training)
             operations = graph.get_operations()[before:]
             outputs = what_losses_read(self.y_pred)
-            # Outputs may follow from one another; by copies each passes on its own part alone.
+            # One output may be computed from another. The losses read copies, so that the gradient
+            # at a copy is what the losses ask of that output alone.
             with tape.stop_recording():
                 copied = replaced(self.y_pred, tf.identity)
             copies = what_losses_read(copied)
@@ -95,12 +100,13 @@ class Layerwise(PerExampleGradients):
             scaled = tf.cast(loss_scale, self.dtype) * f_mean
         self._tape, zero = tape, tf.UnconnectedGradients.ZERO
         self._derivatives, self._outputs, self._copies = derivatives, outputs, copies
-        # What reaches the weights by another way than the copies is grad r.
+        # grad r is what the losses depend on the weights by otherwise than through the copies.
         self._r_gradient = None
         r_gradient = tape.gradient(self.loss, self.weights)
         if any(g is not None for g in r_gradient):
             pairs = zip(r_gradient, self.weights, strict=True)
             self._r_gradient = self.cast([tf.zeros(w.shape) if g is None else g for g, w in pairs])
+        # The backward pass: from the outputs to where each use of a weight has its output.
         cotangents = tape.gradient(scaled, copies, unconnected_gradients=zero)
         cotangents, unit = _in_unit(cotangents, self.dtype)
         self._unit = unit / tf.cast(loss_scale, self.dtype)
@@ -109,12 +115,13 @@ class Layerwise(PerExampleGradients):
         cotangents = [c if r is None else c + tf.cast(r, c.dtype) for c, r in pairs]
         known = self.n_examples if isinstance(self.n_examples, int) else None
         uses = find_uses(operations, self.weights, examples, known, bool(repeats))
-        # A tape would leak the graph, where one use's output leads to another's.
+        # Not by the tape, which keeps the graph alive where one use's output leads to another's.
         gradients = tf.gradients(outputs, [use.output for use in uses], cotangents)
         self.repeats = sum(use.repeats for use in uses)
         if repeats is not True and self.repeats != repeats:
             weight = min(uses[0].path.weights)
             raise NotVisibleError(weight, "a batch as long as another axis, which looks the same")
+        # The closed forms of the uses, and whether their Gram matrix is worth its work.
         pairs = zip(uses, gradients, strict=True)
         found = [(use, gradient) for use, gradient in pairs if gradient is not None]
         self._parts = Parts(
@@ -125,7 +132,7 @@ class Layerwise(PerExampleGradients):
         cheap = self.gram_work <= max(_GRAM_STEPS * self.step_work, _GRAM_FLOOR)
         cheap = cheap and self._parts.row_entries <= ROW_ENTRIES
         self.gram_is_cheap = precise or cheap
-        # Rows of all uses at once, in float64, would take too much room.
+        # In float64 the rows of all uses at once would take too much memory.
         self._parts.hold_rows(cheap and not precise)
 
     @functools.cached_property
@@ -172,11 +179,11 @@ class Layerwise(PerExampleGradients):
 
     @functools.cached_property
     def _gram(self):
-        """In the unit of the cotangents and of 1/N, from `_parts`."""
+        """G G^T as `_parts` has it: in the unit of the cotangents, and of losses over N."""
         return self._parts.gram()
 
     def _combined(self, w):
-        """Likewise sum_i w_i g_i."""
+        """sum_i w_i g_i in the same unit."""
         return [tf.cast(t, self.dtype) for t in self._parts.combine(w)]
 
     def example_space(self):
@@ -239,15 +246,17 @@ class Layerwise(PerExampleGradients):
         )
 
     def reweighted_and_squares(self, m):
-        """`reweighted(m)` and its square, but for grad r and in some unit, by two operations.
+        """What the trial compares: sum_i m_i g_i, and its square computed in two ways.
 
-        By `combine`, and by `gram` or `dot`, whichever a step uses.
+        The square is had from `combine`, as |sum_i m_i g_i|^2, and from `gram` or `dot`, whichever
+        a step would use, as sum_ij m_i m_j <g_i, g_j>. So all operations of a step are tried.
 
         Args:
             m: shape (N,).
 
         Returns:
-            A list of tensors; two scalars that must agree.
+            `reweighted(m)`, a list of tensors; and the two squares, scalars in one unit and
+            without grad r, which must agree.
         """
         combined = self._combined(m)
         if self.gram_is_cheap:
@@ -264,10 +273,10 @@ class Layerwise(PerExampleGradients):
 
 
 def _in_unit(cotangents, dtype):
-    """Cotangents in a unit that keeps the squares of what follows in range, and the unit.
+    """Cotangents divided by a unit that keeps the squares of what follows in range; and the unit.
 
-    A power of two, so that no digit changes. Half precision keeps its own range, by loss scaling,
-    and its squares are in that of `dtype`.
+    It is a power of two, so that no digit changes. In half precision the unit is 1: loss scaling
+    keeps its range, and its squares are formed in `dtype`.
     """
     one = tf.ones([], dtype)
     if any(t.dtype == tf.float16 for t in cotangents):

@@ -1,8 +1,10 @@
-"""The trial of "layerwise": the second guard, by numbers, of what a graph shows (see `mixing`).
+"""The trial of "layerwise": after the graph was read (see `mixing`), a second guard by numbers.
 
-sum_i m_i grad F_i for random m must be what ordinary differentiation of sum_i m_i F_i gives, F_i
-the loss of example i and a random combination of its outputs: any example that another's loss
-depends on, and any use of a weight that was not seen, would break that.
+It compares sum_i m_i grad F_i, by the closed forms, with what ordinary differentiation of
+sum_i m_i F_i gives, where F_i is the loss of example i plus a random combination of its outputs. An
+example on which another's loss depends, or a use of a weight that was not seen, makes them differ.
+One random m is enough: both are linear in m, so that where they differ for any m, they agree on a
+set of m that has probability 0.
 """
 
 import dataclasses
@@ -29,25 +31,36 @@ from keras_rgd.per_example.traces import forgotten
 # NumPy's finfo does not know bfloat16.
 _EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 2**-52}
 
-# How far the weights are moved in each draw. Weights that start at zero hide what lies before them.
+# How far the weights are moved in each draw, relative to their size. Those that start at zero hide
+# what lies before them: a last layer of zeros passes no gradient on.
 _MOVES = (0.0, 0.1, 0.1)
 
 
 class NotApartError(Exception):
-    """What should have one row an example has not."""
+    """A tensor that should have one row for each example has not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
     """What the trace of a step by "layerwise" shows."""
 
-    gram_is_cheap: bool
+    gram_is_cheap: bool  # whether the step forms the Gram matrix
     gram_work: float  # of the Gram matrix, in SGD steps
-    repeats: int  # operations that repeat a weight once for each example
+    repeats: int  # operations that repeat a weight for each example, as a class token
 
 
 def traced(model, specs, training, n, precise=False):
-    """What a trace of "layerwise" for these specs shows, a `Traced`; nothing is run.
+    """Trace "layerwise" without running it.
+
+    Args:
+        model: a compiled, built model.
+        specs: (x, y, sample_weight) as specs, with open sizes where the step is traced for any.
+        training: whether layers behave as in training.
+        n: N, to count work by.
+        precise: as in `Layerwise`. Defaults to `False`.
+
+    Returns:
+        What the trace shows, a `Traced`.
 
     Raises:
         NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
@@ -63,7 +76,7 @@ def traced(model, specs, training, n, precise=False):
     found = shown(specs, True)
     if not found.repeats or known_size(specs[0]) is None or not takes_any_size(model):
         return found
-    # Where the number of examples is open, no other axis looks like theirs.
+    # With the number of examples open, no other axis can be taken for theirs: trace it so and see.
     repeats = shown(with_any_size(specs), True).repeats
     if repeats == found.repeats:
         return found
@@ -77,7 +90,7 @@ def _shown(way):
 
 
 def tried(model, batch, specs, training, n, precise):
-    """Where a step by "layerwise" is wrong on a batch, or `None`; and what its trace shows.
+    """Try "layerwise" on a batch: what is wrong with it, if anything, and what its trace shows.
 
     Args:
         model: a compiled, built model.
@@ -88,7 +101,8 @@ def tried(model, batch, specs, training, n, precise):
         precise: as in `Layerwise`.
 
     Returns:
-        The path of a weight or a reason, or `None`; a `Traced`.
+        The path of the first weight whose gradient is wrong, or a reason, or `None` where all is
+        right; and a `Traced`.
 
     Raises:
         NotVisibleError: as `traced`.
@@ -137,7 +151,10 @@ def _compare(model, batch, specs, training, n, precise, repeats=True):
 
 
 def _noise(n, output):
-    """Random numbers beside the loss's own gradient, which may be 0; `None` without examples."""
+    """Random numbers to add to the loss's gradient at an output, which may be 0.
+
+    `None` where the output has no axis of examples.
+    """
     if not output.shape.rank or output.shape[0] not in (None, n):
         return None
     return tf.random.normal(tf.shape(output), dtype=output.dtype)
@@ -165,10 +182,11 @@ def _traced_for(function, batch, specs):
 
 
 def _shake(model, noise, rng):
-    """Move what a forward pass reads, by about `noise` of its size; away from 0 where it is 0.
+    """Change what a forward pass reads, so that nothing in the model is hidden by a special value.
 
-    The weights; and the floats that are not trained, which may have switched off what mixes
-    examples: those that are 0 become positive, as a variance is. The seeds become others.
+    Weights move by about `noise` of their size, and away from 0 where they are 0. So do the floats
+    that are not trained, as a factor of 0 may have switched off a layer that mixes examples; those
+    that are 0 become positive, as they may be variances. Seeds become others.
     """
     if not noise:
         return
@@ -190,20 +208,20 @@ def _shake(model, noise, rng):
 def first_unequal(model, ours, ordinary):
     """The path of the first weight where two gradients differ by more than rounding, or `None`.
 
-    Weights a little off may be outside of what a layer takes, and a batch may hold NaN: what is not
-    finite shows nothing.
+    What is not finite is passed over: a moved weight may be one that the layer cannot take, and a
+    batch may hold NaN.
 
     Args:
         model: the model.
-        ours: a list of tensors shaped as the weights.
-        ordinary: what they should be.
+        ours: one gradient, a list of tensors shaped as the weights.
+        ordinary: the other, which is right.
     """
     accuracy, whole = tolerance(model), vectors.norm(ordinary)
     for variable, a, b in zip(model.trainable_variables, ours, ordinary, strict=True):
         size = vectors.norm([b])
         if not bool(tf.math.is_finite(size)) or not bool(tf.math.is_finite(whole)):
             continue
-        # The second term is for gradients that are 0 but for rounding.
+        # The second term is for a weight whose gradient is 0 but for rounding.
         if not vectors.norm([a - b]) <= accuracy * size + 100 * accuracy**2 * whole:
             return f"'{variable.path}'"
     return None
@@ -216,7 +234,7 @@ def _differ(a, b, accuracy):
 
 def tolerance(model):
     """How far two ways to one number of this model may be apart by rounding, relatively."""
-    # Rounding differs with the batch; mixing shows in the leading half of the digits.
+    # Half of the digits: rounding is in the last few, and examples that mix change the first few.
     dtypes = {
         keras.backend.standardize_dtype(layer.compute_dtype) for layer in model._flatten_layers()
     }
@@ -224,7 +242,7 @@ def tolerance(model):
 
 
 def reason(error):
-    """The telling line of TensorFlow's many, cut short."""
+    """The line of TensorFlow's long error message that says what happened, cut short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("ValueError: ")]
     return (told or lines or [type(error).__name__])[-1].removeprefix("ValueError: ")[:200]
