@@ -68,6 +68,12 @@ def read_split(builder, split, scale):
         builder: a `tfds.core.DatasetBuilder` of images with labels.
         split: as in `load_dataset`.
         scale: as in `load_dataset`.
+
+    Returns:
+        `(x, y)`, as `load_dataset`.
+
+    Raises:
+        DatasetError: the data set has no such split.
     """
     import tensorflow_datasets as tfds
 
@@ -149,6 +155,9 @@ def _require_network(builder, name):
 
     TensorFlow Datasets retries each file ten times, which takes minutes on a machine without
     a network.
+
+    Raises:
+        DatasetError: none does.
     """
     urls = list(builder.url_infos or ())
     for url in urls:

@@ -9,11 +9,14 @@ import tensorflow as tf
 
 
 def read(data):
-    """A data set's own batches, each (x, y, sample_weight) with its arrays as they are, checked.
+    """A data set's own batches, checked.
 
     Args:
         data: a tuple `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`
             or a `keras.utils.PyDataset`.
+
+    Yields:
+        (x, y, sample_weight) of each batch, its arrays as they are.
 
     Raises:
         ValueError: it is not what is described here.
@@ -46,13 +49,16 @@ _NAMES = ("x", "y", "sample_weight")
 
 
 def check_dense(x, y=None, sample_weight=None, what="Measuring D"):
-    """Raise `ValueError`, with the input's name, where one is sparse or ragged.
+    """Refuse sparse and ragged inputs.
 
     Args:
         x: inputs: arrays or tensors, or their `tf.TypeSpec`s.
         y: targets, likewise. Defaults to `None`.
         sample_weight: likewise. Defaults to `None`.
         what: what needs dense inputs, as the error's subject. Defaults to `"Measuring D"`.
+
+    Raises:
+        ValueError: an input is sparse or ragged; it is named.
     """
     for (which, *path), leaf in keras.tree.flatten_with_path((x, y, sample_weight)):
         kind = _not_dense(leaf)

@@ -226,7 +226,7 @@ def ritz_step(x, q, p):
 
 
 def _orthonormal(p, *others):
-    """P and D p less their parts along the others, and scaled to |p| = 1; 0 if nothing is left."""
+    """p and D p less their parts along the others, and scaled to |p| = 1; 0 if nothing is left."""
     length = vectors.norm(p[0])
     p = [[ops.divide_no_nan(t, length) for t in s] for s in p]
     for _ in range(2):  # twice is enough

@@ -5,7 +5,7 @@ from keras import ops
 
 
 def checked(v, weights):
-    """V, if it is a vector in weight space: a list of tensors shaped as the weights.
+    """v, if it is a vector in weight space: a list of tensors shaped as the weights.
 
     Raises:
         ValueError: it is not.
@@ -69,7 +69,7 @@ def add(a, b, factor=1.0):
 
 
 def safe_divide(a, b):
-    """A / b, and 0 where b is 0; a scalar or a tensor."""
+    """a / b, and 0 where b is 0; a scalar or a tensor."""
     return ops.divide_no_nan(a, b)
 
 

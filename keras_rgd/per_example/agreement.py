@@ -13,20 +13,20 @@ _EPSILON = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "float64": 
 def first_unequal(model, ours, ordinary):
     """The path of the first weight where two gradients differ by more than rounding, or `None`.
 
-    Weights a little off may be outside of what a layer takes, and a batch may hold NaN: what is not
-    finite shows nothing.
+    What is not finite is passed over: a moved weight may be one that the layer cannot take, and a
+    batch may hold NaN.
 
     Args:
         model: the model.
-        ours: a list of tensors shaped as the weights.
-        ordinary: what they should be.
+        ours: one gradient, a list of tensors shaped as the weights.
+        ordinary: the other, which is right.
     """
     accuracy, whole = tolerance(model), vectors.norm(ordinary)
     for variable, a, b in zip(model.trainable_variables, ours, ordinary, strict=True):
         size = vectors.norm([b])
         if not bool(tf.math.is_finite(size)) or not bool(tf.math.is_finite(whole)):
             continue
-        # The second term is for gradients that are 0 but for rounding.
+        # The second term is for a weight whose gradient is 0 but for rounding.
         if not vectors.norm([a - b]) <= accuracy * size + 100 * accuracy**2 * whole:
             return f"'{variable.path}'"
     return None
@@ -34,6 +34,6 @@ def first_unequal(model, ours, ordinary):
 
 def tolerance(model):
     """How far two ways to one number of this model may be apart by rounding, relatively."""
-    # Rounding differs with the batch; mixing shows in the leading half of the digits.
+    # Half of the digits: rounding is in the last few, and examples that mix change the first few.
     dtypes = {keras.backend.standardize_dtype(layer.compute_dtype) for layer in layers_of(model)}
     return max((_EPSILON[d] for d in dtypes if d in _EPSILON), default=_EPSILON["float32"]) ** 0.5

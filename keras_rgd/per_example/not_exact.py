@@ -56,7 +56,7 @@ def gradient_differs(model, weight, advice):
 
 
 def reason(error):
-    """The telling line of TensorFlow's many, cut short."""
+    """The line of TensorFlow's long error message that says what happened, cut short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("ValueError: ")]
     return (told or lines or [type(error).__name__])[-1].removeprefix("ValueError: ")[:200]

@@ -1,4 +1,14 @@
-"""The forms of kernels that slide over an image: convolutions of all kinds."""
+"""The forms of kernels that slide over an image: convolutions of all kinds.
+
+The window is the kernel's extent in space; a place is where it stands when it makes one entry of
+the output. In one dimension, with stride s and dilation d, the kernel's entry [k, a, b] joins image
+[p s + k d, a] with response [p, b] at each place p, so that
+
+    g_i[k, a, b] = sum_p image_i[p s + k d, a] response_i[p, b]
+
+is for each k one product of matrices: of the image, shifted by k d, and the response. A window of
+3 x 3 has nine such shifts.
+"""
 
 import itertools
 import math
@@ -12,27 +22,33 @@ from keras_rgd.per_example.layerwise.products import Contraction
 class Convolution(Form):
     """T is the kernel of a convolution: its rows from shifted images.
 
+    "Image" stands for what the kernel slides over, in one, two or three dimensions of space.
+
     Args:
         image: what the kernel slides over, (N * P, *space, A).
-        response: what each place has to do with, (N * P, *places, B).
+        response: what is paired with the image at each place, (N * P, *places, B): the gradient
+            at the output.
         shape: of the kernel, (*window, A, B).
         strides: of the window.
         dilations: of the window.
         padding: "SAME" or "VALID".
-        positions: P.
+        rows_per_example: P, how many images one example has.
         n: N, or a guess of it, to count work by.
+
+    Raises:
+        NoFormError: the image's extents or P are open in the trace.
     """
 
-    def __init__(self, image, response, shape, strides, dilations, padding, positions, n):
+    def __init__(self, image, response, shape, strides, dilations, padding, rows_per_example, n):
         super().__init__(shape)
         self._image, self._response, self._n = image, response, n
         self._window = self.shape[:-2]
         self._strides, self._dilations, self._padding = strides, dilations, padding
-        self._positions = positions
+        self._rows_per_example = rows_per_example
         self._places = list(response.shape[1:-1])
-        if None in image.shape[1:] or None in self._places or positions is None:
+        if None in image.shape[1:] or None in self._places or rows_per_example is None:
             raise NoFormError("a convolution over a space of unknown extent")
-        self._p = p = positions * math.prod(self._places)
+        self._p = p = rows_per_example * math.prod(self._places)
         self.work = self.rows_work = n * p * self.size
         ghost = n * n * p * p * (self._patch + self.shape[-1])
         through_rows = self.work + n * n * self.size
@@ -40,7 +56,12 @@ class Convolution(Form):
         self.gram_work = min(ghost, through_rows)
 
     def _shifts(self):
-        """For each axis of space: what to pad before and after, and a slice for each place."""
+        """What to cut out of the image for each entry of the window, by axes.
+
+        Yields:
+            For each axis of space: (how much to pad before, after), and a slice of the padded axis
+            for each place of the window along it.
+        """
         axes = zip(
             self._image.shape[1:-1],
             self._places,
@@ -56,28 +77,33 @@ class Convolution(Form):
             slices = [slice(k * dilation, k * dilation + last, stride) for k in range(window)]
             yield [before, needed - before], slices
 
-    def _images(self):
-        """The image under each place of the window, a list of (N, P * places, A)."""
+    def _images(self, after):
+        """The shifted image of each entry of the window, a list of (N, P * places, A)."""
         pads, axes = zip(*self._shifts(), strict=True)
         # Not before the backward pass comes here: those of all layers would fill the memory.
-        with tf.control_dependencies([self._response, *self.after]):
+        with tf.control_dependencies([self._response, *after]):
             return self._slid(_padded(self._image, pads), axes)
 
     @property
     def _moves_response(self):
-        """Whether it is less to copy to move the response along the window's last axis."""
+        """Whether to shift the response and not the image along the window's last axis.
+
+        With stride 1 the one is as good as the other, and the one with fewer channels is copied.
+        """
         a, b = self.shape[-2:]
         return self._window[-1] > 1 and self._strides[-1] == 1 and b <= a
 
-    def _slid_and_moved(self):
-        """As `_images`, but for the places of the window's other axes; and the response.
+    def _slid_and_moved(self, after):
+        """As `_images` for the window's other axes, and the response shifted along the last one.
 
-        Its channels stand side by side for each place along the last axis, (N, P * places,
-        window * B), moved against the image.
+        Along the last axis, with stride 1, image [p + k d] and response [p] pair the same entries
+        as image [p] and response [p - k d]. For each k the response is shifted by k d, and these
+        copies stand side by side as channels: (N, P * places, window * B), with zeros where there
+        is no response. `_row_order` says where that leaves the kernel's axes.
         """
         *others, ((before, _), slices) = self._shifts()
         extent, places, reach = self._image.shape[-2], self._places[-1], slices[-1].start
-        with tf.control_dependencies([self._response, *self.after]):
+        with tf.control_dependencies([self._response, *after]):
             around = [reach - before, extent + before - places]
             response = _padded(self._response, [*([0, 0] for _ in others), around])
             moves = [slice(reach - s.start, reach - s.start + extent, 1) for s in slices]
@@ -89,6 +115,7 @@ class Convolution(Form):
             return images, self._of_examples(response)
 
     def _slid(self, image, axes):
+        """Parts of an image, each (N, P * places, A), for the slices of each axis of space."""
         slid = _parts(image, axes)
         shape = tf.constant(self._of_example(slid[0]))
         return [tf.reshape(t, shape) for t in slid]
@@ -97,14 +124,14 @@ class Convolution(Form):
         return tf.reshape(t, self._of_example(t))
 
     def _of_example(self, t):
-        return [-1, self._positions * math.prod(t.shape[1:-1]), t.shape[-1]]
+        return [-1, self._rows_per_example * math.prod(t.shape[1:-1]), t.shape[-1]]
 
-    def _rows(self):
+    def _rows(self, after):
         if self._moves_response:
-            images, response = self._slid_and_moved()
+            images, response = self._slid_and_moved(after)
         else:
-            images, response = self._images(), self._of_examples(self._response)
-        # One product for each place of the window; side by side they would be copied again.
+            images, response = self._images(after), self._of_examples(self._response)
+        # One product for each entry of the window; side by side they would be copied again.
         products = [tf.matmul(image, response, transpose_a=True) for image in images]
         shape = tf.constant([-1, self.size // len(images)])
         return [tf.reshape(t, shape) for t in products]
@@ -118,11 +145,14 @@ class Convolution(Form):
 
     @property
     def _patch(self):
+        """Entries of the image under the window."""
         return math.prod(self.shape[:-1])
 
     @property
     def _keeps_rows(self):
-        places = self._p * self.shape[-1] + self._positions * math.prod(self._image.shape[1:])
+        places = self._p * self.shape[-1] + self._rows_per_example * math.prod(
+            self._image.shape[1:]
+        )
         return self.has_rows and not self._ghost and self.size <= ROOM * places
 
     def dot(self, v):
@@ -134,8 +164,8 @@ class Convolution(Form):
     def combine(self, w):
         if self._keeps_rows:
             return super().combine(w)
-        if self._positions > 1:
-            w = tf.repeat(w, self._positions, axis=1)
+        if self._rows_per_example > 1:
+            w = tf.repeat(w, self._rows_per_example, axis=1)
         return self._kernel_gradient(self._response * column(w, self._response))
 
     def _arguments(self):
@@ -156,37 +186,43 @@ class Convolution(Form):
             **self._arguments(),
         )
 
-    def gram(self, outer):
+    def gram(self, outer, after=()):
         if not self._ghost:
             return None
-        patches, response = beside(self._images()), self._of_examples(self._response)
+        patches, response = beside(self._images(after)), self._of_examples(self._response)
         form = Contraction(patches, response, [self._patch, self.shape[-1]], self._n)
         return form.gram(outer)
 
 
 class Depthwise(Form):
-    """T is the kernel of a depthwise convolution: the examples stand side by side as channels.
+    """T is the kernel of a depthwise convolution, which works on each channel by itself.
+
+    So the batch as one image, with the examples' channels side by side, has all their gradients in
+    one derivative.
 
     Args:
         image: (N * P, height, width, A).
         response: (N * P, height, width, A * M).
         shape: of the kernel, (height, width, A, M).
         arguments: strides, padding, dilations as of the operation.
-        positions: P.
+        rows_per_example: P, how many images one example has.
         n: N, or a guess of it, to count work by.
+
+    Raises:
+        NoFormError: the image's extents or P are open in the trace.
     """
 
-    def __init__(self, image, response, shape, arguments, positions, n):
+    def __init__(self, image, response, shape, arguments, rows_per_example, n):
         super().__init__(shape)
         self._image, self._response = image, response
-        self._arguments, self._positions = arguments, positions
-        if None in image.shape[1:] or positions is None:
+        self._arguments, self._rows_per_example = arguments, rows_per_example
+        if None in image.shape[1:] or rows_per_example is None:
             raise NoFormError("a convolution over a space of unknown extent")
-        self.work = n * positions * math.prod(response.shape[1:]) * shape[0] * shape[1]
+        self.work = n * rows_per_example * math.prod(response.shape[1:]) * shape[0] * shape[1]
         self.rows_work = self.work
         self.gram_work = self.work + n * n * self.size
 
-    def _rows(self):
+    def _rows(self, after):
         height, width, channels, multiplier = self.shape
         n = tf.shape(self._image)[0]
         kernels = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
@@ -197,8 +233,8 @@ class Depthwise(Form):
         )
         kernels = tf.reshape(kernels, [height, width, n, channels, multiplier])
         rows = tf.reshape(tf.transpose(kernels, [2, 0, 1, 3, 4]), [n, self.size])
-        if self._positions > 1:
-            rows = tf.reduce_sum(tf.reshape(rows, [-1, self._positions, self.size]), 1)
+        if self._rows_per_example > 1:
+            rows = tf.reduce_sum(tf.reshape(rows, [-1, self._rows_per_example, self.size]), 1)
         return [rows]
 
     @staticmethod
@@ -209,12 +245,12 @@ class Depthwise(Form):
 
 
 def _padded(t, pads):
-    """Zeros around the axes between the first and the last."""
+    """A tensor with zeros around its axes between the first and the last."""
     return tf.pad(t, [[0, 0], *pads, [0, 0]]) if any(map(any, pads)) else t
 
 
 def _parts(t, axes):
-    """All parts of a tensor that take one of the slices of each axis between first and last."""
+    """The parts of a tensor for every choice of one slice an axis, between first and last axis."""
     if any(a.step != 1 for axis in axes for a in axis):
         parts = ((slice(None), *part) for part in itertools.product(*axes))
         return [t[part] for part in parts]

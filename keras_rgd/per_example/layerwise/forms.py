@@ -1,23 +1,26 @@
 """Per-example gradients of one use of a weight, from its input and the gradient at its output.
 
-Each form answers for the tensor T that joins the examples (see `uses`): `rows`, the gradients
-themselves, shape (N, |T|); `dot(v)`, `combine(w)` and `gram()` without them where that is less
-work, as in mixed ghost clipping (Bu et al., arXiv 2205.10683).
+A form answers for T, the tensor made of weights alone at that use (see `uses`): g_i is here the
+gradient of example i's loss by T through that operation. `rows` are these gradients themselves,
+shape (N, |T|); `dot(v)`, `combine(w)` and `gram()` do without rows where that is less work, as in
+mixed ghost clipping (Bu et al., arXiv 2205.10683).
 """
 
 import abc
-import functools
 import math
 
 import tensorflow as tf
 
-# A guess where the trace does not tell how many places of an example use a weight.
+# At how many places of an example (timesteps, pixels) a weight is used, where the trace leaves that
+# open: a guess, to count work by.
 PLACES = 64
 
-# Rows are kept for later products where they take at most so many times the room of the factors.
+# Rows are kept for later products where they have at most this many times the entries of the
+# factors that they are the product of.
 ROOM = 1.5
 
-# Entries that rows may have together, beyond those that are less work than products of positions.
+# The most entries of rows of lookups, of operations without a form, and of weights with several
+# uses (in float32 256 MiB). Those of products are limited by their work.
 ROW_ENTRIES = 2**26
 
 
@@ -26,7 +29,10 @@ class NoFormError(ValueError):
 
 
 class Outer:
-    """The products t t^T of tensors (N, k), each formed once.
+    """The products t t^T of tensors t of shape (N, k), each formed once.
+
+    A Dense layer's bias and kernel share the gradient at its output, so their parts of the Gram
+    matrix share its products.
 
     Args:
         dtype: in which they are formed. Defaults to `None`, the tensors' own.
@@ -54,54 +60,62 @@ class Form(abc.ABC):
 
     Work is counted in multiply-adds, for N as far as it is known when the step is traced.
 
+    Methods that form rows take `after`, a list of tensors: large intermediates are formed only
+    once these exist (control dependencies), as those of all layers together would fill the memory.
+
     Attributes:
         shape: T's shape, a list.
         work: of the operation itself, forward.
         gram_work: of `gram`, or of the rows and their products.
         rows_work: of the rows.
-        has_rows: whether rows are formed anyway, as for a Gram matrix.
-        after: tensors before which no large intermediate is formed, to save memory.
+        has_rows: whether the Gram matrix forms the rows of all forms without a shorter way to it,
+            so that `dot` and `combine` may use them too. False until `Parts.hold_rows` says so,
+            which it does before any product is asked for: it takes the work of all forms to know.
     """
 
     work: int
     gram_work: int
     rows_work: int
     has_rows = False
-    after = ()
 
     def __init__(self, shape):
         self.shape = list(shape)
+        self._formed = None
 
     @property
     def size(self):
         """Entries of T."""
         return math.prod(self.shape)
 
-    @functools.cached_property
-    def rows(self):
-        """The gradients, pieces (N, k) of one k; side by side T's entries by `_row_order`."""
-        return self._rows()
+    def rows(self, after=()):
+        """The gradients as a list of pieces (N, k), all of one k, formed once.
 
-    # Whether later products use them too, so that they stay in memory.
+        Side by side the pieces are the rows (N, |T|), T's axes in the order of `_row_order`.
+        """
+        if self._formed is None:
+            self._formed = self._rows(after)
+        return self._formed
+
+    # Whether `rows` stay in memory, for `dot` and `combine` after the Gram matrix.
     _keeps_rows = True
 
-    def fresh_rows(self):
-        """As `rows`, formed anew where they would not be in memory any more."""
-        return self.rows if self._keeps_rows else self._rows()
+    def fresh_rows(self, after=()):
+        """As `rows`; formed anew where those would be held in memory for this alone."""
+        return self.rows(after) if self._keeps_rows else self._rows(after)
 
     @abc.abstractmethod
-    def _rows(self):
+    def _rows(self, after):
         """As `rows`, formed anew."""
 
-    # The axes of T as they stand in a row; `None` for their own order.
+    # In which order T's axes stand in a row; `None` for T's own.
     _row_order = None
 
-    def shaped_rows(self):
-        """The gradients, shape (N, *T)."""
-        return self._shaped(beside(self.rows), [-1])
+    def shaped_rows(self, after=()):
+        """The gradients, shape (N, *T's shape)."""
+        return self._shaped(beside(self.rows(after)), [-1])
 
     def _shaped(self, rows, leading=()):
-        """Rows as T, each."""
+        """Rows, each in the shape and order of T, behind axes of the sizes `leading`."""
         if self._row_order is None:
             return tf.reshape(rows, [*leading, *self.shape])
         shape = [self.shape[axis] for axis in self._row_order]
@@ -113,25 +127,29 @@ class Form(abc.ABC):
     def dot(self, v):
         """<g_i, v>, shape (N,), for v shaped as T."""
         v = tf.reshape(v if self._row_order is None else tf.transpose(v, self._row_order), [-1, 1])
-        parts = tf.split(v, [rows.shape[1] for rows in self.rows]) if len(self.rows) > 1 else [v]
-        products = [tf.matmul(r, p) for r, p in zip(self.rows, parts, strict=True)]
+        rows = self.rows()
+        parts = tf.split(v, [r.shape[1] for r in rows]) if len(rows) > 1 else [v]
+        products = [tf.matmul(r, p) for r, p in zip(rows, parts, strict=True)]
         return tf.reshape(tf.add_n(products), [-1])
 
     def combine(self, w):
         """sum_i w_i g_i, shaped as T, for w of shape (1, N)."""
-        return self._shaped(beside([tf.matmul(w, rows) for rows in self.rows]))
+        return self._shaped(beside([tf.matmul(w, rows) for rows in self.rows()]))
 
-    def gram(self, outer):
-        """<g_i, g_j>, shape (N, N), or `None` where the rows are the way to it.
+    def gram(self, outer, after=()):
+        """<g_i, g_j>, shape (N, N), or `None` where products of the rows are less work.
 
         Args:
             outer: an `Outer`.
+            after: as for `rows`.
         """
         return None
 
 
 class Elementwise(Form):
-    """T enters elementwise, broadcast: the gradient is summed where T was repeated.
+    """T is added, multiplied or the like, entry by entry, broadcast to the shape of the examples.
+
+    g_i is the gradient by T as it was broadcast, summed over the axes along which T was repeated.
 
     Args:
         gradient: by T as it was broadcast, shape (N, ...).
@@ -155,16 +173,16 @@ class Elementwise(Form):
         self._gradient = tf.reduce_sum(gradient, summed) if summed else gradient
         self.work, self.gram_work, self.rows_work = 0, n * n * self.size, 0
 
-    def gram(self, outer):
+    def gram(self, outer, after=()):
         # A bias shares its gradient with the product before it.
         return outer(self._gradient) if self._gradient in outer else None
 
-    def _rows(self):
+    def _rows(self, after):
         return [tf.reshape(self._gradient, [-1, self.size])]
 
 
 class Mapped(Form):
-    """Rows that were formed one example at a time.
+    """Any operation: rows that its own derivative gave, one example at a time.
 
     Args:
         rows: shape (N, |T|).
@@ -179,15 +197,17 @@ class Mapped(Form):
         self._all = rows
         self.work, self.gram_work, self.rows_work = n * self.size, n * n * self.size, 0
 
-    def _rows(self):
+    def _rows(self, after):
         return [self._all]
 
 
 class Lookup(Form):
-    """T is a table of which each example reads some entries.
+    """T is a table of which each example reads some entries, as an Embedding's.
+
+    g_i has the gradient at each of the P entries that example i read, at that entry's place in T.
 
     Args:
-        index: which, shape (N, P), integers.
+        index: which entries, shape (N, P), integers.
         gradient: at what was read, shape (N, P, D).
         shape: of the table, (V, ...).
         n: N, or a guess of it, to count work by.
@@ -203,7 +223,7 @@ class Lookup(Form):
         self.work, self.gram_work = 0, through_rows if self._through_rows else matched
         self.rows_work = n * self.size
 
-    def _rows(self):
+    def _rows(self, after):
         n, entries = tf.shape(self._index)[0], self.shape[0]
         index = self._index + entries * tf.range(n)[:, None]
         rows = tf.math.unsorted_segment_sum(
@@ -223,11 +243,11 @@ class Lookup(Form):
         combined = tf.math.unsorted_segment_sum(gradient, index, self.shape[0])
         return tf.reshape(combined, self.shape)
 
-    def gram(self, outer):
+    def gram(self, outer, after=()):
         return None if self._through_rows else self._matched(outer.cast(self._gradient))
 
     def _matched(self, gradients):
-        """sum_ts [index_it = index_js] <gradient_it, gradient_js>, some examples at a time."""
+        """sum_ts [index_it = index_js] <gradient_it, gradient_js>, one row i at a time."""
         index, gradient = tf.reshape(self._index, [-1]), flat(gradients)
         n, p = tf.shape(self._index)[0], tf.shape(self._index)[1]
 
@@ -241,15 +261,15 @@ class Lookup(Form):
 
 
 def beside(tensors):
-    """Along the last axis."""
+    """Tensors joined along the last axis."""
     return tf.concat(tensors, -1) if len(tensors) > 1 else tensors[0]
 
 
 def column(w, t):
-    """Numbers for the examples, shaped to multiply a tensor (N, ...)."""
+    """One number for each example, shaped to multiply a tensor (N, ...)."""
     return tf.reshape(w, [-1] + [1] * (t.shape.rank - 1))
 
 
 def flat(t):
-    """All axes but the last as one."""
+    """A tensor with all axes but the last as one."""
     return t if t.shape.rank == 2 else tf.reshape(t, [-1, t.shape[-1]])

@@ -1,8 +1,9 @@
 """Per-example gradients from one ordinary forward and backward pass over the batch.
 
-Where examples do not mix, the gradient of the batch's loss at the output of an operation holds
-every example's own; with the operation's input it gives that operation's part of g_i. So the three
-operations cost a few matrix products for each use of a weight, and no matrix of all g_i is kept.
+Where examples do not mix, the gradient of the batch's loss at the output of an operation has the
+gradient of each example's loss in its rows; with the operation's input it gives that operation's
+part of g_i. So <g_i, v>, sum_i w_i g_i and <g_i, g_j> cost a few matrix products for each use of a
+weight, and no matrix of all g_i is kept. `docs/layerwise.md` draws one model.
 """
 
 import dataclasses
@@ -20,15 +21,15 @@ from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
 from keras_rgd.per_example.losses import replaced, what_losses_read
 
-# The Gram matrix gives a guaranteed bound on M_x; it is formed while its work is at most that of so
-# many SGD steps, or too little to tell. Beyond, products with D estimate M_x.
+# The Gram matrix gives a guaranteed bound on M_x. It is formed where its work is at most that of
+# _GRAM_STEPS SGD steps, or so little that it does not matter; else products with D estimate M_x.
 _GRAM_STEPS = 2
 _GRAM_FLOOR = 5e7  # multiply-adds
 
-# The bound's N x N products.
+# How many products of N x N matrices the bound takes.
 _POWERS = 3
 
-# Squares of gradients, in their unit, that float32 holds with room for what enters them.
+# Between these, squares of gradients in their unit leave float32 room for the products in them.
 _RANGE = 1e-18, 1e30
 
 
@@ -40,9 +41,10 @@ class Layerwise(PerExampleGradients):
         batch: a `Batch`.
         loss_scale: factor that keeps half-precision gradients in range; it cancels.
         options: `LayerwiseOptions`.
-        cotangent_noise: a function from an output (N, ...) to R, of its shape, or to `None`; then
-            the losses are f_i + <R_i, output_i>, R in the unit of the cotangents: for a trial in
-            which every output tells, whatever the losses are. Defaults to `None`.
+        cotangent_noise: for the trial, which should see every output of the model even where the
+            loss ignores it: a function from an output (N, ...) to numbers R of its shape, or to
+            `None`. The losses are then f_i + <R_i, output_i>, R in the unit of the cotangents.
+            Defaults to `None`.
 
     Raises:
         NotVisibleError: a weight is used where that cannot be seen, or has no closed form there.
@@ -77,12 +79,13 @@ class Layerwise(PerExampleGradients):
             self.n_examples if known else None,
             bool(options.repeats),
         )
-        # A tape would leak the graph, where one use's output leads to another's.
+        # Not by the tape, which keeps the graph alive where one use's output leads to another's.
         gradients = tf.gradients(self._outputs, [use.output for use in uses], cotangents)
         self.repeats = sum(use.repeats for use in uses)
         if options.repeats is not True and self.repeats != options.repeats:
             weight = min(uses[0].path.weights)
             raise NotVisibleError(weight, "a batch as long as another axis, which looks the same")
+        # The closed forms of the uses, and whether their Gram matrix is worth its work.
         pairs = zip(uses, gradients, strict=True)
         found = [(use, gradient) for use, gradient in pairs if gradient is not None]
         self._parts = Parts(self.weights, self._tape, found, self.n_examples, self._inner, options)
@@ -97,8 +100,8 @@ class Layerwise(PerExampleGradients):
             self.y_pred = losses.forward(batch.x)
             operations = graph.get_operations()[before:]
             self._outputs = what_losses_read(self.y_pred)
-            # One output may follow from another. The losses read copies, which do not, so that
-            # each cotangent is of what its own output does alone.
+            # One output may be computed from another. The losses read copies, so that the gradient
+            # at a copy is what the losses ask of that output alone.
             with self._tape.stop_recording():
                 copied = replaced(self.y_pred, tf.identity)
             self._copies = what_losses_read(copied)
@@ -108,7 +111,7 @@ class Layerwise(PerExampleGradients):
         return operations
 
     def _gradient_beside_the_outputs(self):
-        """Grad r, what reaches the weights by another way than the outputs; `None` for none."""
+        """grad r, what the losses depend on the weights by but through the outputs, or `None`."""
         gradient = self._tape.gradient(self.loss, self.weights)
         if all(g is None for g in gradient):
             return None
@@ -135,7 +138,7 @@ class Layerwise(PerExampleGradients):
         cheap = self.gram_work <= max(_GRAM_STEPS * self.step_work, _GRAM_FLOOR)
         cheap = cheap and self._parts.row_entries <= ROW_ENTRIES
         self.gram_is_cheap = options.precise or cheap
-        # Rows of all uses at once, in float64, would take too much room.
+        # In float64 the rows of all uses at once would take too much memory.
         self._parts.hold_rows(cheap and not options.precise)
 
     @functools.cached_property
@@ -182,11 +185,11 @@ class Layerwise(PerExampleGradients):
 
     @functools.cached_property
     def _gram(self):
-        """In the unit of the cotangents and of 1/N, from `_parts`."""
+        """G G^T as `_parts` has it: in the unit of the cotangents, and of losses over N."""
         return self._parts.gram()
 
     def _combined(self, w):
-        """Likewise sum_i w_i g_i."""
+        """sum_i w_i g_i in the same unit."""
         return [tf.cast(t, self.dtype) for t in self._parts.combine(w)]
 
     def example_space(self):
@@ -249,15 +252,17 @@ class Layerwise(PerExampleGradients):
         )
 
     def reweighted_and_squares(self, m):
-        """`reweighted(m)` and its square, but for grad r and in some unit, by two operations.
+        """What the trial compares: sum_i m_i g_i, and its square computed in two ways.
 
-        By `combine`, and by `gram` or `dot`, whichever a step uses.
+        The square is had from `combine`, as |sum_i m_i g_i|^2, and from `gram` or `dot`, whichever
+        a step would use, as sum_ij m_i m_j <g_i, g_j>. So all operations of a step are tried.
 
         Args:
             m: shape (N,).
 
         Returns:
-            A list of tensors; two scalars that must agree.
+            `reweighted(m)`, a list of tensors; and the two squares, scalars in one unit and
+            without grad r, which must agree.
         """
         combined = self._combined(m)
         if self.gram_is_cheap:
@@ -274,10 +279,10 @@ class Layerwise(PerExampleGradients):
 
 
 def _in_unit(cotangents, dtype):
-    """Cotangents in a unit that keeps the squares of what follows in range, and the unit.
+    """Cotangents divided by a unit that keeps the squares of what follows in range; and the unit.
 
-    A power of two, so that no digit changes. Half precision keeps its own range, by loss scaling,
-    and its squares are in that of `dtype`.
+    It is a power of two, so that no digit changes. In half precision the unit is 1: loss scaling
+    keeps its range, and its squares are formed in `dtype`.
     """
     one = tf.ones([], dtype)
     if any(t.dtype == tf.float16 for t in cotangents):

@@ -10,11 +10,12 @@ class LayerwiseOptions:
     Attributes:
         n: N, to count work by where it is not known when the step is traced.
         compiled: whether the caller compiles what it traces with XLA.
-        repeats: how many operations give a weight its axis of examples, as `check_layerwise` found
-            them to; `True` for as many as look so, `False` for none.
+        repeats: how many operations repeat a weight for each example, as a class token: the number
+            that `check_layerwise` found, so that another length of batch that finds another is
+            refused; `True` for as many as look so, `False` for none.
         precise: whether to work in float64, so that the Gram matrix keeps the digits that
-            centring loses; and to form it whatever it costs, from one weight after another, as
-            room is short then.
+            centring loses, and to form it whatever it costs, from one weight after another, as
+            memory is short then.
     """
 
     n: int = 64

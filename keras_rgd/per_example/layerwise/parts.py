@@ -1,6 +1,7 @@
 """The parts of G by the uses of the weights: products, sums and the Gram matrix of a batch.
 
-In the unit of the cotangents, which `layerwise` chooses, and in one dtype.
+G v, G^T w and G G^T are sums over the weights, and those over the uses of each weight. All are in
+the unit of the cotangents, which `layerwise` chooses, and in one dtype.
 """
 
 import math
@@ -13,18 +14,18 @@ from keras_rgd.per_example.layerwise.products import Contraction
 from keras_rgd.per_example.layerwise.uses import NotVisibleError
 from keras_rgd.per_example.vectorized_map import quiet
 
-# Rows of at most so many entries are put side by side for one product.
+# Rows of at most this many entries are put side by side for one product.
 _SMALL = 1024
 
-# The large intermediates of so many weights may be in memory together: with fewer of them the
-# backward pass, which does not wait, would leave more of its own there.
+# The large intermediates of this many weights may be in memory together. Fewer would take more
+# memory, not less: the backward pass does not wait for them, and its own results would pile up.
 _AHEAD = 5
 
-# From so many entries on, rows are multiplied in parts.
+# Rows of this many entries or more are multiplied in parts.
 _LONG = 2048
 
-# The largest entry of v in products, so that no sum of an example's inputs times v, 2^24 of them,
-# leaves the range: where its cotangent is 0, an example may hold any finite number.
+# The largest entry that v is scaled to for a product with an example's inputs. These may be any
+# finite number where the example's cotangent is 0, and a sum of 2^24 of them must stay in range.
 _SMALL_V = 2.0**-24
 
 
@@ -34,17 +35,17 @@ class Parts:
     Args:
         weights: the trainable `tf.Variable`s.
         tape: a persistent `tf.GradientTape` of the forward pass.
-        found: (use, gradient at its output) of each use, a list.
+        found: (`Use`, gradient of the batch's loss at its output) of each use, a list.
         n_examples: N, an int or a scalar tensor.
         dtype: in which to work.
-        options: `LayerwiseOptions`; where they are precise, room is short, and rows are formed of
-            one weight after another.
+        options: `LayerwiseOptions`; where they are precise, memory is short, and the Gram matrix
+            forms the rows of one weight after another.
 
     Attributes:
         work: of the uses, forward, in multiply-adds.
         gram_work: of `gram`, but for the products (N, N).
-        row_entries: entries of the rows that `gram` forms because a weight is combined with
-            others before its use, or has uses of unlike kinds.
+        row_entries: entries of the rows that `gram` forms in any case: of weights that are
+            combined with others before their use, or have several uses that no form joins.
 
     Raises:
         NotVisibleError: a use has no closed form.
@@ -54,7 +55,7 @@ class Parts:
         self._weights, self._tape, self._n_examples = weights, tape, n_examples
         self._inner, self._compiled, self._one_by_one = dtype, options.compiled, options.precise
         counted = options.n
-        self._joined_rows = {}  # of weights with several uses, by index
+        self._joined_rows = {}  # by index, of weights whose rows are sums over several uses
         self._uses = _merged([(use, self._form(use, gradient, counted)) for use, gradient in found])
         self.work = sum(form.work for _, form in self._uses)
         self.gram_work = self.row_entries = 0
@@ -69,7 +70,7 @@ class Parts:
             self.gram_work += sum(form.rows_work for _, form in same)
 
     def hold_rows(self, held):
-        """Whether rows that the Gram matrix forms may be kept for the other operations."""
+        """Say whether rows that the Gram matrix forms are kept for `dot` and `combine`."""
         for _, form in self._uses:
             form.has_rows = held
 
@@ -86,7 +87,7 @@ class Parts:
         v = [tf.math.divide_no_nan(t, largest) for t in v]
         total = tf.zeros([self._n_examples], self._inner)
         for use, form in self._uses:
-            if use.path.steps is not None:
+            if use.path.rearrangements is not None:
                 (index,) = use.path.weights
                 total += form.dot(_SMALL_V * use.path.rearranged(v[index]))
             else:
@@ -99,7 +100,7 @@ class Parts:
         parts = [[] for _ in self._weights]
         for use, form in self._uses:
             combined = form.combine(w)
-            if use.path.steps is not None:
+            if use.path.rearrangements is not None:
                 (index,) = use.path.weights
                 parts[index].append(use.path.back(combined))
             else:
@@ -112,10 +113,10 @@ class Parts:
 
     @property
     def _by_weight(self):
-        """(index, [(use, form), ...]) of each weight.
+        """(index, [(use, form), ...]) of each weight, in the order in which rows are formed.
 
-        The last layers first, as the backward pass comes by them; products before elementwise
-        uses, which may share theirs.
+        The last layers first, as the backward pass reaches them first. Weights whose uses are all
+        elementwise come last: a bias may take its products from its kernel's.
         """
         by_weight = {}
         for use, form in self._uses:
@@ -124,12 +125,14 @@ class Parts:
         return sorted(reversed(by_weight.items()), key=_elementwise)
 
     def rows_by_weight(self):
-        """(index, rows (N, its size)) of one weight after another: room for all may be short."""
+        """The rows by one weight after another, as there may not be memory for all at once.
+
+        Yields:
+            (index, rows of shape (N, the weight's size)).
+        """
         before = []
         for index, same in self._by_weight:
-            for _, form in same:
-                form.after = before
-            rows = self._rows_by(index, same)
+            rows = self._rows_by(index, same, before)
             before = [rows]
             yield index, rows
 
@@ -138,24 +141,27 @@ class Parts:
 
         Args:
             dtype: in which products of the factors are formed. Defaults to `None`, their own.
+
+        Returns:
+            The sum of the weights' parts. Of a weight with one use of itself the part is what its
+            form says; of any other it is the products of its rows.
         """
         grams, small, formed, outer = [], [], [], Outer(dtype)
         short = self._one_by_one or dtype is not None
         ahead = 1 if short else _AHEAD
         for index, same in self._by_weight:
-            for _, form in same:
-                form.after = formed[len(formed) - ahead :][:1] if len(formed) >= ahead else []
+            after = [formed[-ahead]] if len(formed) >= ahead else []
             _, form = same[0]
             if not _by_itself(same):
                 if index not in self._joined_rows or self._one_by_one:
-                    self._joined_rows[index] = self._rows_by(index, same)
+                    self._joined_rows[index] = self._rows_by(index, same, after)
                 rows = [self._joined_rows[index]]
-            elif (gram := form.gram(outer)) is not None:
+            elif (gram := form.gram(outer, after)) is not None:
                 grams.append(gram)
                 formed.append(gram)
                 continue
             else:
-                rows = form.fresh_rows()
+                rows = form.fresh_rows(after)
             if dtype is not None and len(rows) > 1:
                 rows = [tf.concat(rows, 1)]
             if rows[0].shape[1] > _SMALL or self._one_by_one:
@@ -177,27 +183,42 @@ class Parts:
         rows = tf.transpose(tf.reshape(rows, [-1, parts, width // parts]), [1, 0, 2])
         return tf.reduce_sum(tf.matmul(rows, rows, transpose_b=True), 0)
 
-    def _rows_by(self, index, same):
-        """Rows by one weight, shape (N, its size), from its uses."""
+    def _rows_by(self, index, same, after):
+        """The gradients by one weight, shape (N, its size): the sum over its uses.
+
+        Args:
+            index: the weight's.
+            same: (use, form) of each of its uses.
+            after: as for `Form.rows`.
+        """
         rows = []
         for use, form in same:
-            if use.path.steps is None:
-                rows.append(self._pulled_rows(use, form, index))
+            if use.path.rearrangements is None:
+                rows.append(self._pulled_rows(use, form, index, after))
             else:
-                back = use.path.back(form.shaped_rows(), leading=(-1,))
+                back = use.path.back(form.shaped_rows(after), leading=(-1,))
                 rows.append(tf.reshape(back, [-1, form.size]))
         return tf.add_n(rows) if len(rows) > 1 else rows[0]
 
-    def _pulled_rows(self, use, form, index):
-        """Rows by a weight itself where the use's tensor is a function of it."""
+    def _pulled_rows(self, use, form, index, after):
+        """The gradients by a weight of which the use's tensor is a function, one row at a time."""
         with quiet():
             pulled = tf.vectorized_map(
-                lambda row: self._pull(use, row, [index])[index], form.shaped_rows()
+                lambda row: self._pull(use, row, [index])[index], form.shaped_rows(after)
             )
         return tf.reshape(pulled, [-1, self._weights[index].shape.num_elements()])
 
     def _pull(self, use, t, indices=None):
-        """A gradient by the use's tensor, as one by each weight behind it: index -> tensor."""
+        """The chain rule by the tape: from a gradient by the use's tensor to those by weights.
+
+        Args:
+            use: a `Use`.
+            t: the gradient, shaped as the tensor.
+            indices: of the weights. Defaults to `None`, all that the tensor is made of.
+
+        Returns:
+            A dict of index to tensor.
+        """
         indices = sorted(use.path.weights) if indices is None else indices
         gradients = self._tape.gradient(
             use.tensor,
@@ -209,7 +230,7 @@ class Parts:
         return dict(zip(indices, gradients, strict=True))
 
     def _pushed(self, use, v):
-        """How the use's tensor moves with the weights along v, by the derivative of `_pull`."""
+        """The use's tensor's derivative along v, by differentiating `_pull`, which is linear."""
         at = tf.zeros(use.shape, self._inner)
         pulled = self._pull(use, at)
         along = [v[index] for index in pulled]
@@ -217,16 +238,19 @@ class Parts:
 
 
 def _by_itself(same):
-    """Whether a weight has one use, of itself: its part of the Gram matrix needs no rows."""
-    return len(same) == 1 and same[0][0].path.steps is not None
+    """Whether a weight has one use, as itself or rearranged: its form has all of its part."""
+    return len(same) == 1 and same[0][0].path.rearrangements is not None
 
 
 def _merged(uses):
-    """Matrix products of one tensor with several inputs become one, over all their places."""
+    """Uses with the products of one matrix with several inputs made one use, over all places.
+
+    So the inner products between these uses are counted too, without rows.
+    """
     by_tensor = {}
     for use, form in uses:
-        # Two functions of the same weights are not the same tensor.
-        tensor = use.path if use.path.steps is not None else use.tensor.ref()
+        # The same rearrangement of one weight is the same matrix; functions are told by tensor.
+        tensor = use.path if use.path.rearrangements is not None else use.tensor.ref()
         by_tensor.setdefault(tensor, []).append((use, form))
     merged = []
     for same in by_tensor.values():
@@ -243,7 +267,7 @@ def _elementwise(item):
 
 
 def _side_by_side(rows):
-    """Small pieces in as few matrices as hold at most `_SMALL` columns each."""
+    """Short rows of several weights joined, while they have at most `_SMALL` entries together."""
     groups, width = [], _SMALL
     for r in rows:
         if width + r.shape[1] > _SMALL:

@@ -1,4 +1,13 @@
-"""The form of a weight that is contracted with its input: dense layers, attention, einsums."""
+"""The form of a weight that is contracted with its input: dense layers, attention, einsums.
+
+A place is what the output has an entry for and the weight has not: a timestep of a dense layer over
+time. An example with P places has g_i = sum_p left_ip right_ip^T, an A x B matrix from P (A + B)
+numbers, and its part of the Gram matrix can be had in two ways:
+
+- by rows: form the N matrices g_i, then their inner products: N P A B + N^2 A B multiply-adds;
+- by products of places ("ghost", as the rows are never there): <g_i, g_j> = sum_pq <left_ip,
+  left_jq> <right_ip, right_jq>, N^2 P^2 (A + B) multiply-adds.
+"""
 
 import tensorflow as tf
 
@@ -25,7 +34,7 @@ class Contraction(Form):
         self.work = self.rows_work = n * places * self.size
         ghost = n * n * places * places * (left.shape[-1] + right.shape[-1])
         through_rows = n * places * self.size + n * n * self.size
-        # Products of positions instead of rows where that is less work.
+        # By products of places where that is less work than by rows.
         plain = left.shape.rank <= 3 and self._places is not None
         self._ghost = plain and (places == 1 or ghost < through_rows)
         self.gram_work = ghost if self._ghost else through_rows
@@ -39,7 +48,10 @@ class Contraction(Form):
 
     @classmethod
     def merged(cls, forms):
-        """One form for several products with one matrix: g_i is the sum of theirs."""
+        """One form for several products with one matrix: g_i is the sum of theirs.
+
+        Their places stand side by side, so that products between two of them are counted too.
+        """
         first = forms[0]
         left, right = (
             tf.concat([t if t.shape.rank == 3 else t[:, None] for t in factors], 1)
@@ -48,37 +60,38 @@ class Contraction(Form):
         return cls(left, right, first.shape, first._n, first._order, first._split)
 
     @property
-    def _one_position(self):
+    def _one_place(self):
         return self._left.shape.rank == 2
 
     @property
     def _places(self):
-        return 1 if self._one_position else self._left.shape[-2]
+        return 1 if self._one_place else self._left.shape[-2]
 
-    def _rows(self):
-        if self._one_position:
+    def _rows(self, after):
+        if self._one_place:
             rows = self._left[:, :, None] * self._right[:, None, :]
         else:
             rows = tf.matmul(self._left, self._right, transpose_a=True)
         return [self._arranged(rows)]
 
     def _arranged(self, rows):
+        """Matrices (N, ..., A, B) as rows (N, |T|), T's axes in T's order."""
         if self._order is not None:
             rows = tf.reshape(rows, [-1, *self._split])
             rows = tf.transpose(rows, [0, *(axis + 1 for axis in self._order)])
         return tf.reshape(rows, [-1, self.size])
 
     def _back(self, v):
-        """V as a (..., A, B)."""
+        """v, shaped as T, as factors see it: shape (..., A, B)."""
         if self._order is not None:
             inverse = [self._order.index(i) for i in range(len(self._order))]
             v = tf.transpose(tf.reshape(v, self.shape), inverse)
-        batch = self._left.shape[1:-2] if not self._one_position else []
+        batch = self._left.shape[1:-2] if not self._one_place else []
         return tf.reshape(v, [*batch, self._left.shape[-1], self._right.shape[-1]])
 
     @property
     def _keeps_rows(self):
-        """Whether there are rows, and they take little more room than the factors."""
+        """Whether the Gram matrix forms rows, and they take little more room than the factors."""
         if self._ghost or not self.has_rows or self._places is None:
             return False
         a, b = self._left.shape[-1], self._right.shape[-1]
@@ -100,10 +113,10 @@ class Contraction(Form):
             combined = tf.matmul(flat(self._left), flat(right), transpose_a=True)
         return tf.reshape(self._arranged(combined[None]), self.shape)
 
-    def gram(self, outer):
+    def gram(self, outer, after=()):
         if not self._ghost:
             return None
-        if self._one_position:
+        if self._one_place:
             return outer(self._left) * outer(self._right)
         left, right = flat(self._left), flat(self._right)
         p = self._left.shape[1]

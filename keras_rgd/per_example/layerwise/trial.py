@@ -1,8 +1,10 @@
-"""The trial of "layerwise": the second guard, by numbers, of what a graph shows (see `mixing`).
+"""The trial of "layerwise": after the graph was read (see `mixing`), a second guard by numbers.
 
-sum_i m_i grad F_i for random m must be what ordinary differentiation of sum_i m_i F_i gives, F_i
-the loss of example i and a random combination of its outputs: any example that another's loss
-depends on, and any use of a weight that was not seen, would break that.
+It compares sum_i m_i grad F_i, by the closed forms, with what ordinary differentiation of
+sum_i m_i F_i gives, where F_i is the loss of example i plus a random combination of its outputs. An
+example on which another's loss depends, or a use of a weight that was not seen, makes them differ.
+One random m is enough: both are linear in m, so that where they differ for any m, they agree on a
+set of m that has probability 0.
 """
 
 import dataclasses
@@ -21,21 +23,22 @@ from keras_rgd.per_example.not_exact import reason
 from keras_rgd.per_example.state import seed_generators, unchanged
 from keras_rgd.per_example.traces import forgotten, with_any_size
 
-# How far the weights are moved in each draw. Weights that start at zero hide what lies before them.
+# How far the weights are moved in each draw, relative to their size. Those that start at zero hide
+# what lies before them: a last layer of zeros passes no gradient on.
 _MOVES = (0.0, 0.1, 0.1)
 
 
 class NotApartError(Exception):
-    """What should have one row an example has not."""
+    """A tensor that should have one row for each example has not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
     """What the trace of a step by "layerwise" shows."""
 
-    gram_is_cheap: bool
+    gram_is_cheap: bool  # whether the step forms the Gram matrix
     gram_work: float  # of the Gram matrix, in SGD steps
-    repeats: int  # operations that repeat a weight once for each example
+    repeats: int  # operations that repeat a weight for each example, as a class token
 
 
 def traced(losses, specs, options):
@@ -60,7 +63,7 @@ def traced(losses, specs, options):
     found = shown(specs, True)
     if not found.repeats or specs.known_size is None or not takes_any_size(losses.model):
         return found
-    # Where the number of examples is open, no other axis looks like theirs.
+    # With the number of examples open, no other axis can be taken for theirs: trace it so and see.
     repeats = shown(with_any_size(specs), True).repeats
     if repeats == found.repeats:
         return found
@@ -83,7 +86,8 @@ def tried(losses, batch, specs, options):
         options: as in `traced`.
 
     Returns:
-        The path of a weight or a reason, or `None`; a `Traced`.
+        The path of the first weight whose gradient is wrong, or a reason, or `None` where all is
+        right; and a `Traced`.
 
     Raises:
         NotVisibleError: as `traced`.
@@ -131,7 +135,10 @@ def _compare(losses, batch, specs, options):
 
 
 def _noise(n, output):
-    """Random numbers beside the loss's own gradient, which may be 0; `None` without examples."""
+    """Random numbers to add to the loss's gradient at an output, which may be 0.
+
+    `None` where the output has no axis of examples.
+    """
     if not output.shape.rank or output.shape[0] not in (None, n):
         return None
     return tf.random.normal(tf.shape(output), dtype=output.dtype)
@@ -159,10 +166,11 @@ def _traced_for(function, batch, specs):
 
 
 def _shake(model, noise, rng):
-    """Move what a forward pass reads, by about `noise` of its size; away from 0 where it is 0.
+    """Change what a forward pass reads, so that nothing in the model is hidden by a special value.
 
-    The weights; and the floats that are not trained, which may have switched off what mixes
-    examples: those that are 0 become positive, as a variance is. The seeds become others.
+    Weights move by about `noise` of their size, and away from 0 where they are 0. So do the floats
+    that are not trained, as a factor of 0 may have switched off a layer that mixes examples; those
+    that are 0 become positive, as they may be variances. Seeds become others.
     """
     if not noise:
         return

@@ -4,8 +4,8 @@ import numpy as np
 
 from keras_rgd.per_example.mixing.following import Cause
 
-# A tensor that no example enters; one that is a mean over the examples of what each has, linear
-# functions of it included; and a sum over them.
+# What a tensor is: one that depends on no example; the mean over the examples of a number that each
+# has, or a linear function of such means; a sum over the examples.
 _CONSTANT, _MEAN, _SUM = "constant", "mean", "sum"
 
 _LINEAR = {
@@ -16,7 +16,7 @@ _PRODUCTS = {"Mul": 1, "RealDiv": -1, "Div": -1, "DivNoNan": -1}
 
 
 class _NotAdditiveError(Exception):
-    """Raised with the operation by which the batch enters as a whole."""
+    """The batch enters as a whole, by the operation `op`."""
 
     def __init__(self, op):
         super().__init__()

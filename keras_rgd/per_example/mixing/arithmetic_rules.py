@@ -212,6 +212,3 @@ def _all(follower, op, inputs):
 def _ctc(follower, op, inputs):
     place = only(inputs, 0)
     return LOST if place is LOST or place.axis != 1 else [place._replace(axis=0), place]
-
-
-# Lists of tensors, as loops keep them: the place is that of an element.

@@ -263,6 +263,9 @@ def _blocks(follower, op, inputs):
     return LOST if place.outer % size else place._replace(outer=place.outer // size)
 
 
+# Lists of tensors, as loops keep them: their place is that of the examples in an element.
+
+
 @rule("TensorListFromTensor")
 def _list_of(follower, op, inputs):
     place = only(inputs, 0)

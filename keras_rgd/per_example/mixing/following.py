@@ -1,9 +1,9 @@
-"""Where the examples of a batch lie in each tensor of a traced graph, and which numbers mix them.
+"""Where the examples lie in each tensor of a traced graph, and which operations mix them.
 
-Whether examples mix is a property of the graph: for every value of the variables and every random
-draw. No batch's numbers can show it where what mixes is switched off at that moment. So each
-operation says where the examples lie in its outputs, by a rule, given where they lie in
-its inputs; functions, branches and loops are entered, whichever branch is taken.
+Whether examples mix is asked of the graph, and so for every value of the variables and every random
+draw: no batch's numbers can show a layer that is switched off at that moment. There is a rule for
+each type of operation that says where the examples lie in its outputs, given where they lie in its
+inputs. Functions, branches and loops are entered, and all branches are followed.
 """
 
 import typing
@@ -19,9 +19,10 @@ class Cause(typing.NamedTuple):
     """The operation by which examples came together.
 
     Attributes:
-        op: it, or what it is inside of, in the graph at hand.
+        op: the operation; of one inside a function, branch or loop, the operation that holds it.
         kind: its type.
-        known: whether it is known to bring them together, or only not known not to.
+        known: True where it brings examples together; False where it may, as nothing is known of
+            it.
     """
 
     op: tf.Operation
@@ -36,8 +37,9 @@ class Found(typing.NamedTuple):
         place: where the examples lie, or `None`.
         follows: whether it depends on a trainable weight in a way that has a gradient.
         mixed: the `Cause` that mixed examples in what depends on weights, or `None`.
-        statistic: the `Cause` by which a number of the whole batch, as a count or a mean, came
-            into it, or `None`. A constant of the gradient, and another in another batch.
+        statistic: the `Cause` by which a number of the whole batch, as a count or a mean of the
+            data, came into it, or `None`. Gradients do not pass through it, so that it mixes
+            nothing; but it differs from batch to batch.
     """
 
     place: Place | None
@@ -46,18 +48,19 @@ class Found(typing.NamedTuple):
     statistic: Cause | None = None
 
 
-# Instead of a place, where the examples of an output lie along no axis.
+# What a rule returns instead of a place where the examples of an output lie along no axis.
 LOST = "lost"
 
 _HAVE_GRADIENTS = (tf.variant, tf.resource)
 
-# Sizes and indices have fewer entries.
+# Tensors with more entries than this are data, not sizes or indices whose values matter.
 _SMALL = 4096
 
-# Loops settle after as many rounds as their variables hang on one another.
+# A loop is followed round after round until nothing new is found, at most this often; it takes one
+# round for each of its variables that depends on another.
 _ROUNDS = 64
 
-# Of their inputs these use the shape or the length alone.
+# Operations that read the shape or the length of their inputs and not the entries.
 _SHAPES = {
     *("BroadcastGradientArgs", "OnesLike", "Rank", "Shape", "ShapeN", "Size", "VariableShape"),
     *("TensorListElementShape", "TensorListLength", "ZerosLike"),
@@ -83,7 +86,10 @@ class Follower:
         self._values = {}
 
     def found(self, tensor):
-        """What is known of a tensor of the graph, a `Found` or `None`; follows what leads to it."""
+        """What is known of a tensor of the graph, a `Found` or `None`.
+
+        All that leads to it is followed first.
+        """
         stack = [tensor]
         while stack:
             t = stack[-1]
@@ -150,7 +156,7 @@ class Follower:
             return [Found(None, follows, mixed, statistic)] * len(op.outputs)
         if all(found.place is None for found in known):
             if follows and not all(found.follows for found in known):
-                # Weights and a number of the whole batch, which no example has a part of.
+                # Weights meet a number of the whole batch: this is no single example's any more.
                 return [Found(None, True, _cause(op), statistic)] * len(op.outputs)
             places = [None] * len(op.outputs)
             if not follows:
@@ -160,7 +166,7 @@ class Follower:
         if not known and follows:
             places = self._tried(op, inputs)
         if not known and not follows:
-            # Of data alone: a constant of the gradient, so that any place is right.
+            # It depends on data alone, so that no gradient passes and any place is right.
             places = [self._guess(t) or LOST for t in op.outputs]
             if op.type in self._rules or op.type in single_operation.NEVER:
                 statistic = statistic or Cause(op, op.type, known=False)
@@ -238,7 +244,7 @@ class Follower:
         if body is None or condition is None:
             return self._called(op, None, inputs, op.inputs)
         now = list(inputs)
-        # What the loop hands on as it is has its value inside too.
+        # A variable that the loop does not change has the same value inside.
         pairs = zip(op.inputs, body.inputs, body.outputs, strict=True)
         tensors = [given if inner is outer else None for given, inner, outer in pairs]
         for _ in range(_ROUNDS):
@@ -254,7 +260,7 @@ class Follower:
 
     @staticmethod
     def _decided(op, decides, found):
-        """An output of what another number chose the branch or the length of."""
+        """An output of a branch or loop, where `decides` says which branch or how many rounds."""
         if decides is None or (decides.statistic is None and decides.place is None):
             return found
         statistic = decides.statistic or _cause(op)
@@ -264,7 +270,7 @@ class Follower:
 
     @staticmethod
     def _joined(op, several):
-        """What is known of a tensor that is one of several."""
+        """What is known of a tensor that is one of several, as the output of either branch."""
         known = [found for found in several if found is not None]
         if not known:
             return None
@@ -277,7 +283,7 @@ class Follower:
         return Found(None if mixed is not None else place, follows, mixed, statistic)
 
     def _checked_backward(self, op, inputs, outputs):
-        """The outputs of an operation whose gradient is another's, mixed where that mixes."""
+        """The outputs of an operation with a gradient of its own, mixed where that mixes."""
         graph = op.graph
         with graph.as_default():
             floating = [t for t in op.outputs if t.dtype.is_floating]
@@ -293,11 +299,11 @@ class Follower:
         for cotangent, t in zip(cotangents, floating, strict=True):
             found = by_name[t.name]
             self._found[cotangent.name] = found and Found(found.place, True, found.mixed)
-        # For now, as the backward pass may read them.
+        # The backward pass may read the outputs: until it is followed they count as the rule says.
         self._found |= by_name
         for i, gradient in zip(moving, gradients, strict=True):
             found = inputs[i]
-            # Of a weight the gradient is summed over the examples.
+            # The gradient by a weight is a sum over the examples, and mixes nothing.
             if gradient is None or not found.follows or found.place is None:
                 continue
             back = self.found(tf.convert_to_tensor(gradient))
@@ -313,7 +319,7 @@ def _cause(op):
 
 
 def _named(found, op):
-    """What was found inside an operation, caused by that operation."""
+    """What was found inside an operation, with that operation as the cause."""
     return found._replace(
         mixed=found.mixed and found.mixed._replace(op=op),
         statistic=found.statistic and found.statistic._replace(op=op),
@@ -321,7 +327,10 @@ def _named(found, op):
 
 
 def _as_dtype(found, tensor):
-    """An output as its dtype has it: integers have no gradient, and may be sizes alone."""
+    """What is found of an output, given its dtype: integers pass no gradient on.
+
+    An integer may be the batch's size alone, so that its cause is not known to be more.
+    """
     if found is None or tensor.dtype.is_floating or tensor.dtype.is_complex:
         return found
     if tensor.dtype in _HAVE_GRADIENTS:

@@ -38,7 +38,10 @@ def placed(inputs):
 
 
 def only(inputs, index):
-    """The place of one input where no other follows weights with a place of its own, or LOST."""
+    """The place of the examples in one input; LOST where another input has one and follows weights.
+
+    For operations whose other inputs are indices, sizes or the like.
+    """
     for i in placed(inputs):
         if i != index and inputs[i].follows:
             return LOST
@@ -47,7 +50,10 @@ def only(inputs, index):
 
 
 def joined(places):
-    """The place of several tensors in one output, from (place, follows) of each, or LOST."""
+    """The place of the examples in an output, from (place, follows) of each input, or LOST.
+
+    LOST where two inputs that follow weights have their examples in different places.
+    """
     place, agree = agreed(places)
     return place if agree and place is not None else LOST
 

@@ -22,7 +22,8 @@ from keras_rgd.per_example.mixing.following import Cause, Follower, Found
 from keras_rgd.per_example.mixing.places import Place
 from keras_rgd.per_example.traces import forgotten
 
-# Traced for so many examples where the step is for any number: a prime, which no other axis is.
+# How many examples to trace for where the step is for any number: a prime that no other axis is
+# likely to have for its length.
 _MANY = 127
 
 _RULES = arithmetic_rules.RULES | arrangement_rules.RULES
@@ -36,20 +37,22 @@ class Spot(typing.NamedTuple):
 
     owner: str  # the layer or the model
     operation: str  # of TensorFlow
-    known: bool  # that they do; else it is only not known that they do not
+    known: bool  # True: they do. False: they may, as nothing is known of the operation
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """What a graph shows of a model's examples; each a `Spot`, or `None`.
+    """What a graph shows of a model's examples; each a `Spot`, or `None` where there is none.
 
     Attributes:
         outputs: where examples mix before the model's output, in what depends on weights.
         loss: where they mix in the loss.
-        beside: a weight that the loss reaches by another way than the model's output, its path.
-        lanes: what of the whole batch enters an example's output, weights or not.
-        batch: what of the whole batch enters an example's loss, weights or not, or how else the
-            batch's loss is not the mean of that of its parts.
+        beside: the path of a weight that an example's loss depends on otherwise than through the
+            model's output, a string.
+        lanes: where a number of the whole batch enters an example's output, also one that depends
+            on no weight, as the batch's size or the mean of its inputs.
+        batch: where one enters an example's loss, or the batch's loss is otherwise not the mean of
+            that of its parts.
         random: what draws random numbers before the model's output.
         rows: where a weight meets examples that do not lie along axis 0, one after the other.
     """
@@ -97,7 +100,7 @@ def mixing_of(losses, specs, sizes=None):
 
 
 def _concrete(specs, sizes, n):
-    """Specs without open sizes; axis 0 of N entries where N is given."""
+    """Specs with a number for each open size; N entries along axis 0 where N is given."""
     own = specs.known_size or (None if sizes is None else sizes.known_size)
 
     def concrete(spec, like):
@@ -148,7 +151,7 @@ def _followed(losses, specs):
     whole = Follower(n, found, _RULES)
     by_output = [whole.found(t) for t in outputs]
     end = whole.found(derivatives)
-    # The loss alone, of outputs whose examples lie apart.
+    # Once more for the loss alone, as if the examples of all outputs were apart.
     apart = zip(copies, by_output, strict=True)
     found |= {t.name: Found(Place(0), follows=True) for t, f in apart if f and f.follows}
     loss = Follower(n, found, _RULES).found(derivatives)
@@ -182,7 +185,7 @@ def _is_read(use, found):
     if found is None or found.place is None:
         return True
     axis, outer, inner = found.place
-    return axis == 0 and outer == use.blocks and use.positions in (None, outer * inner)
+    return axis == 0 and outer == use.blocks and use.rows_per_example in (None, outer * inner)
 
 
 def _of_loss(where, found):
@@ -198,7 +201,7 @@ def _first(sentences):
 
 
 def _beside(end, copies, handles):
-    """A weight that the end depends on by another way than the copies, as a path, or `None`."""
+    """The path of a weight that `end` depends on otherwise than through `copies`, or `None`."""
     stop = {t.name for t in copies}
     seen, stack = set(), [end]
     while stack:

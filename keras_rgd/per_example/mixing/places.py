@@ -23,12 +23,16 @@ class Place(typing.NamedTuple):
 
 
 def agreed(places):
-    """The place that several tensors of one operation have in its output, and whether they agree.
+    """The place of the examples in an output, from where each of several inputs would have them.
 
-    What depends on no weight is a constant of the gradient, whose examples may lie anywhere.
+    Only inputs that depend on weights must agree: no gradient passes through the others, so that
+    it does not matter where their examples lie.
 
     Args:
-        places: pairs of a place or `None` and whether it follows weights.
+        places: (place or `None`, whether the input depends on weights) of each input.
+
+    Returns:
+        (place or `None`, whether those that must agree do).
     """
     following = {place for place, follows in places if follows and place is not None}
     if following:
@@ -37,10 +41,10 @@ def agreed(places):
 
 
 def reshaped(place, before, after, n):
-    """Where the examples lie after a reshape, entries in the same order; `None` if in no axis.
+    """Where the examples lie after a reshape; `None` if along no axis.
 
     Args:
-        place: where they lay.
+        place: where they lay before.
         before: the shape before, a list.
         after: the shape after, a list.
         n: N.
