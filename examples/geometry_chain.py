@@ -23,8 +23,8 @@ from keras import layers
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-from keras_rgd import geometry
 from keras_rgd.epsilon import Fraction
+from keras_rgd.geometry import Geometry
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy
 TERMS = {
@@ -84,25 +84,22 @@ def build(name, args):
     return model, x, y
 
 
-def row(data, fraction, args):
+def row(geometry, fraction, args):
     """What is printed for one eps: distances of the ends over RGD's way, terms, the deviation."""
     options = dict(times=[0.0, args.duration], verbose=False)
     # Only the largest M_x on the way is asked of it.
     varying = geometry.rgd_flow(
-        *data, args.duration, Fraction(fraction), rtol=1e-4, atol=1e-6, verbose=False
+        args.duration, Fraction(fraction), rtol=1e-4, atol=1e-6, verbose=False
     )
     epsilon = fraction / (fraction / varying.epsilons).max()
     flows = {
-        "RGD": geometry.rgd_flow(*data, args.duration, epsilon, **options),
-        "GD": geometry.gradient_flow(*data, args.duration, **options),
-        "geodesic": geometry.geodesic_flow(*data, args.duration, epsilon, **options),
-        "geodesic of g": geometry.geodesic_flow(
-            *data, args.duration, epsilon, exact=True, **options
-        ),
+        "RGD": geometry.rgd_flow(args.duration, epsilon, **options),
+        "GD": geometry.gradient_flow(args.duration, **options),
+        "geodesic": geometry.geodesic_flow(args.duration, epsilon, **options),
+        "geodesic of g": geometry.geodesic_flow(args.duration, epsilon, exact=True, **options),
     }
     steps = round(args.duration / args.learning_rate)
     ensemble = geometry.sgd_ensemble(
-        *data,
         steps,
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,
@@ -140,9 +137,10 @@ def main():
     print("|---" + "|---:" * (len(head) - 1 + len(TERMS)) + "|")
     results = {}
     for name in args.networks:
-        data = build(name, args)
+        model, x, y = build(name, args)
+        geometry = Geometry(model, x, y)
         for fraction in args.fractions:
-            result = row(data, fraction, args)
+            result = row(geometry, fraction, args)
             results.setdefault(name, []).append(result)
             distances = result["distances"]
             cells = [
@@ -155,7 +153,7 @@ def main():
             cells += [f"{result['SGD to GD']:.3f}"]
             cells += [f"{value:.3f}" for value in result["terms"].values()]
             print(
-                f"| {name} | {data[0].count_params():,} | {fraction:g} | {' | '.join(cells)} |",
+                f"| {name} | {model.count_params():,} | {fraction:g} | {' | '.join(cells)} |",
                 flush=True,
             )
     worst = max(r["imbalance"] for rows in results.values() for r in rows)

@@ -21,8 +21,7 @@ import numpy as np
 import sympy
 from matplotlib.figure import Figure
 
-import keras_rgd
-from keras_rgd import geometry
+from keras_rgd.geometry import Geometry
 
 X = np.array([-2.0, -1.0, -0.3, 0.5, 1.2, 2.0])
 Y = np.array([-0.8, -1.1, 0.2, 0.3, 1.4, 0.6])
@@ -88,19 +87,14 @@ def in_closed_form():
     return D, g, christoffel
 
 
-def compared(model, epsilon):
+def compared(geometry, epsilon):
     """Print the largest difference of each object from its closed form, relative to its size."""
     D, g, christoffel = in_closed_form()
     at = (*START, epsilon)
-    x, y = X[:, None], Y[:, None]
-    ours = keras_rgd.diffusion_matrix(model, x, y)
-    metric = keras_rgd.DiffusionMetric(ours, epsilon)
+    ours, metric = geometry.diffusion_matrix(), geometry.metric(epsilon)
     units = [split(e) for e in np.eye(4)]
     symbols = np.array(
-        [
-            [flat(geometry.christoffel(model, x, y, u, v, epsilon, exact=True)) for v in units]
-            for u in units
-        ]
+        [[flat(geometry.christoffel(u, v, epsilon, exact=True)) for v in units] for u in units]
     )
     rows = {
         "D": (np.array([flat(ours.matvec(u)) for u in units]), D(*at)),
@@ -131,25 +125,21 @@ def flat(arrays):
 
 def main():
     args = parse_arguments()
-    model = network()
-    data = (model, X[:, None], Y[:, None])
-    top = keras_rgd.diffusion_matrix(*data).top_eigenvalue()
+    geometry = Geometry(network(), X[:, None], Y[:, None])
+    top = geometry.diffusion_matrix().top_eigenvalue()
     epsilon = args.fraction / top
     print(f"f_i = (b1 tanh(a1 x_i) + b2 tanh(a2 x_i) - y_i)^2, N = {len(X)}, d = 4")
     print(f"lambda_max = {top:.6g}, eps = {args.fraction:g} / lambda_max = {epsilon:.6g}\n")
-    directions = compared(model, epsilon)[:, :2]
+    directions = compared(geometry, epsilon)[:, :2]
 
     times = np.linspace(0, args.duration, 81)
     flows = {
-        "gradient descent": geometry.gradient_flow(*data, args.duration, times=times),
-        "RGD, Eq. (10)": geometry.rgd_flow(*data, args.duration, epsilon, times=times),
-        "geodesic, Eq. (8)": geometry.geodesic_flow(*data, args.duration, epsilon, times=times),
-        "geodesic of g": geometry.geodesic_flow(
-            *data, args.duration, epsilon, exact=True, times=times
-        ),
+        "gradient descent": geometry.gradient_flow(args.duration, times=times),
+        "RGD, Eq. (10)": geometry.rgd_flow(args.duration, epsilon, times=times),
+        "geodesic, Eq. (8)": geometry.geodesic_flow(args.duration, epsilon, times=times),
+        "geodesic of g": geometry.geodesic_flow(args.duration, epsilon, exact=True, times=times),
     }
     ensemble = geometry.sgd_ensemble(
-        *data,
         round(args.duration / args.learning_rate),
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,

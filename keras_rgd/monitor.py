@@ -18,8 +18,8 @@ import tensorflow as tf
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import tensorboard
 from keras_rgd._support import arguments, batches
+from keras_rgd.geometry.geometry import Geometry
 from keras_rgd.geometry.neglected import pointwise_terms
-from keras_rgd.geometry.point import Point
 from keras_rgd.measurement import Measurement
 from keras_rgd.optimizer import inner_rgd
 from keras_rgd.per_example.losses_model import LossesModel, as_given
@@ -120,7 +120,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
         self._losses, self._weights = losses, weights
         self._neglected = neglected_terms
         self._verbose = verbose
-        self._measured = self._measurement = self._point = None
+        self._measured = self._measurement = self._geometry = None
         self._writer = None
 
     def on_train_begin(self, logs=None):
@@ -138,7 +138,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
             data = (as_given(*self._data),)
         batch = as_batch(self._measured, *data)
         self._measurement = Measurement(self._measured, batch, *self._options)
-        self._point = Point(self._measured, *batch, compiled=True) if self._neglected else None
+        self._geometry = Geometry(self._measured, *batch) if self._neglected else None
 
     def on_epoch_begin(self, epoch, logs=None):
         """Begin anew with what RGD keeps of an epoch's steps."""
@@ -164,7 +164,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 rgd=rgd,
             )
             if self._neglected and math.isfinite(record.epsilon):
-                terms = pointwise_terms(self._point, rule, record.epsilon)
+                terms = pointwise_terms(self._geometry, rule, record.epsilon)
                 record = dataclasses.replace(record, **terms)
         self.records.append(record)
         windowed = rgd is not None and rgd.window is not None
@@ -175,7 +175,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Close the TensorBoard file."""
-        self._measured = self._measurement = self._point = None
+        self._measured = self._measurement = self._geometry = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -21,7 +21,6 @@ from keras_rgd.diffusion_metric import DiffusionMetric
 from keras_rgd.epsilon import Fixed, Fraction, WeakField
 from keras_rgd.geometry import flow as flows
 from keras_rgd.geometry import steady_state
-from keras_rgd.geometry.point import Point
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy
 
@@ -250,7 +249,7 @@ def test_derivatives_of_any_layer_are_those_of_per_example_gradients(name):
     model = steps.build(case, "float64")
     case.compile(model, "sgd")
     x, y, sample_weight = case.batch()
-    point = Point(model, x, y, sample_weight, compiled=True)
+    point = geometry.Geometry(model, x, y, sample_weight)
     rng = np.random.default_rng(0)
     start = point.flat_weights()
     u, v = rng.normal(size=(2, point.d))

@@ -9,12 +9,14 @@ _SIMPLE = 1e-6
 
 
 class EpsilonField:
-    """Eps(x): a number, or a rule applied to D and the gradient wherever the weights are.
+    """eps(x): a number, or a rule applied to D and the gradient wherever the weights are.
 
     Args:
-        epsilon: eps, a float with 0 <= eps * lambda_max < 1; or a rule of `keras_rgd.epsilon`.
-        point: the `Point` where it must hold.
-        held: whether a rule's eps at that point is held constant. Defaults to `False`.
+        epsilon: eps, a float with 0 <= eps * lambda_max < 1 at the present weights; or a rule of
+            `keras_rgd.epsilon`.
+        geometry: a `Geometry`.
+        held: whether what a rule chooses at the present weights is kept at all others. Defaults to
+            `False`.
 
     Attributes:
         constant: eps where it does not depend on the weights, else `None`.
@@ -23,31 +25,37 @@ class EpsilonField:
         ValueError: eps is not below 1 / lambda_max.
     """
 
-    def __init__(self, epsilon, point, held=False):
-        self._rule, self._point = epsilon, point
-        here = DiffusionMetric(point.diffusion_matrix(), epsilon).epsilon
+    def __init__(self, epsilon, geometry, held=False):
+        self._rule, self._geometry = epsilon, geometry
+        here = DiffusionMetric(geometry.diffusion_matrix(), epsilon).epsilon
         varies = isinstance(epsilon, epsilon_rules.Rule) and not held
         self.constant = None if varies else here
 
     def at(self, D, v):
-        """Eps at the present weights, for their D and gradient v."""
+        """eps at the present weights, for their D and gradient v."""
         return choose_epsilon(D, self._rule, v) if self.constant is None else self.constant
 
     def gradient(self, D, v):
         """The gradient of eps, as `epsilon_gradient`; `None` where it is 0."""
         if self.constant is not None:
             return None
-        return epsilon_gradient(self._point, D, self._rule, self.at(D, v))
+        return epsilon_gradient(self._geometry, D, self._rule, self.at(D, v))
+
+    def with_gradient(self, D):
+        """eps and its gradient, as `at` and `gradient`, at the present weights."""
+        # A constant needs no gradient of the loss, so none is traced for it.
+        v = self._geometry.gradient() if self.constant is None else None
+        return self.at(D, v), self.gradient(D, v)
 
 
-def epsilon_gradient(point, D, rule, epsilon):
+def epsilon_gradient(geometry, D, rule, epsilon):
     """The gradient of eps by a rule, a list of tensors shaped as the weights; `None` where it is 0.
 
     For eps = c / lambda_max it is -eps / lambda_max times that of lambda_max, which is
     2 Cov_i(<g_i, e>, H_i e) for the top eigenvector e, where lambda_max is simple.
 
     Args:
-        point: a `Point`.
+        geometry: a `Geometry`.
         D: its `diffusion_matrix()`.
         rule: a rule of `keras_rgd.epsilon`.
         epsilon: what it chose there, a float.
@@ -74,5 +82,5 @@ def epsilon_gradient(point, D, rule, epsilon):
             "number to hold it constant."
         )
     e = [t[0] for t in D.eigenvectors(1)]
-    slope = point.covariance_hessian(point.derivatives.dot(e), e)
-    return vectors.scale(slope, -2 * epsilon / top)
+    half = geometry.covariance_hessian(geometry.derivatives.dot(e), e)
+    return vectors.scale(half, -2 * epsilon / top)

@@ -10,11 +10,13 @@ from keras_rgd.geometry.epsilon_field import EpsilonField
 
 
 class Equation(abc.ABC):
-    """The right-hand side of a flow, at the point where `point` is.
+    """The right-hand side of a flow, at the model's present weights.
 
-    A state is a flat numpy vector, the weights and for second order the velocity after them.
+    A state is a flat numpy vector: the weights and, in an equation of second order, the velocity
+    after them.
 
     Attributes:
+        geometry: a `Geometry`, whose weights are moved by `visit`.
         epsilon: an `EpsilonField`.
         exact: whether indices are raised with (I + eps D)^-1.
     """
@@ -22,13 +24,17 @@ class Equation(abc.ABC):
     kind: str
     exact = False
 
-    def __init__(self, point, epsilon=0.0, held=False):
-        self.point = point
-        self.epsilon = EpsilonField(epsilon, point, held)
+    def __init__(self, geometry, epsilon=0.0, held=False):
+        self.geometry = geometry
+        self.epsilon = EpsilonField(epsilon, geometry, held)
 
     def start(self):
         """The state to begin with."""
-        return self.point.flat_weights()
+        return self.geometry.flat_weights()
+
+    def visit(self, state):
+        """Move the weights to where a state has them."""
+        self.geometry.move_to(state[: self.geometry.d])
 
     def __call__(self, state):
         """The state's derivative by time."""
@@ -49,10 +55,10 @@ class GradientDescent(Equation):
     kind = "gradient"
 
     def velocity(self, state):
-        return -flat(self.point.gradient())
+        return -flat(self.geometry.gradient())
 
     def acceleration(self, velocity):
-        return vectors.scale(self.point.derivatives.loss_hessian(velocity), -1.0)
+        return vectors.scale(self.geometry.derivatives.loss_hessian(velocity), -1.0)
 
 
 class RelativisticDescent(Equation):
@@ -61,26 +67,27 @@ class RelativisticDescent(Equation):
     kind = "rgd"
 
     def velocity(self, state):
-        v, D = self.point.gradient(), self.point.diffusion_matrix()
-        return -flat(vectors.add(v, self.point.product(v), -self.epsilon.at(D, v)))
+        v, D = self.geometry.gradient(), self.geometry.diffusion_matrix()
+        return -flat(vectors.add(v, self.geometry.product(v), -self.epsilon.at(D, v)))
 
     def acceleration(self, velocity):
-        v, D = self.point.gradient(), self.point.diffusion_matrix()
-        epsilon, slope = self.epsilon.at(D, v), self.epsilon.gradient(D, v)
-        change = self.point.derivatives.loss_hessian(velocity)
-        return rgd_acceleration(self.point, velocity, v, change, epsilon, slope)
+        v, D = self.geometry.gradient(), self.geometry.diffusion_matrix()
+        epsilon, epsilon_gradient = self.epsilon.at(D, v), self.epsilon.gradient(D, v)
+        change = self.geometry.derivatives.loss_hessian(velocity)
+        return rgd_acceleration(self.geometry, velocity, v, change, epsilon, epsilon_gradient)
 
 
 class Geodesic(Equation):
-    """D^2x/dt^2 = -Gamma(dx/dt, dx/dt) - (d/dt grad L), Eq. (8), its indices raised or not."""
+    """d^2x/dt^2 = -Gamma(dx/dt, dx/dt) - d/dt grad L, Eq. (8), with its indices raised or not."""
 
     kind = "geodesic"
 
-    def __init__(self, point, epsilon, velocity, exact, force):
-        super().__init__(point, epsilon, held=True)
+    def __init__(self, geometry, epsilon, velocity, exact, force):
+        super().__init__(geometry, epsilon, held=True)
         self.exact, self._force = exact, force
         if velocity is None:
-            self._first_velocity = RelativisticDescent(point, self.epsilon.constant).velocity(None)
+            descent = RelativisticDescent(geometry, self.epsilon.constant)
+            self._first_velocity = descent.velocity(None)
         else:
             self._first_velocity = flat(velocity)
 
@@ -89,38 +96,39 @@ class Geodesic(Equation):
 
     def __call__(self, state):
         velocity = self.velocity(state)
-        as_list = vectors.unflatten(velocity, self.point.weights, self.point.dtype)
+        as_list = vectors.unflatten(velocity, self.geometry.weights, self.geometry.dtype)
         return np.concatenate([velocity, flat(self.acceleration(as_list))])
 
     def velocity(self, state):
         return state[len(state) // 2 :]
 
     def acceleration(self, velocity):
-        point, epsilon = self.point, self.epsilon.constant
-        lowered = vectors.scale(point.christoffel(velocity, velocity, epsilon), -1.0)
+        geometry, epsilon = self.geometry, self.epsilon.constant
+        symbols = geometry.lowered_christoffel(velocity, velocity, epsilon)
+        lowered = vectors.scale(symbols, -1.0)
         if self._force:
-            lowered = vectors.add(lowered, point.derivatives.loss_hessian(velocity), -1.0)
+            lowered = vectors.add(lowered, geometry.derivatives.loss_hessian(velocity), -1.0)
         if not self.exact:
             return lowered
-        return inverse_product(point.diffusion_matrix(), epsilon, lowered)
+        return inverse_product(geometry.diffusion_matrix(), epsilon, lowered)
 
 
-def rgd_acceleration(point, velocity, v, change, epsilon, slope):
+def rgd_acceleration(geometry, velocity, v, change, epsilon, epsilon_gradient):
     """The derivative by time of -(I - eps D) v, a list of tensors.
 
     Args:
-        point: a `Point`.
+        geometry: a `Geometry`.
         velocity: dx/dt, like the others a list of tensors shaped as the weights.
         v: the gradient.
         change: its derivative by time.
         epsilon: eps, a float.
-        slope: its gradient, or `None`.
+        epsilon_gradient: its gradient, or `None`.
     """
-    result = vectors.add(vectors.scale(change, -1.0), point.product(change), epsilon)
-    result = vectors.add(result, point.product_change(velocity, v), epsilon)
-    if slope is None:
+    result = vectors.add(vectors.scale(change, -1.0), geometry.product(change), epsilon)
+    result = vectors.add(result, geometry.product_change(velocity, v), epsilon)
+    if epsilon_gradient is None:
         return result
-    return vectors.add(result, point.product(v), vectors.inner(slope, velocity))
+    return vectors.add(result, geometry.product(v), vectors.inner(epsilon_gradient, velocity))
 
 
 def flat(v):

@@ -4,8 +4,12 @@ Cov_i stands for the covariance over the examples, divided by N, as in Eq. (2): 
 Cov_i(g_i, <g_i, v>), and moving the weights along u changes D by the product rule.
 """
 
-import contextlib
+from __future__ import annotations
 
+import contextlib
+from typing import Any
+
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -16,44 +20,78 @@ from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.per_example.state import unchanged
 
 
-class Point:
-    """D and its derivatives for one model and batch, wherever the weights are now.
+class WeightSpace:
+    """The weights of a model as a space to move in, with D and its derivatives where they are.
+
+    Nothing that depends on the values of the weights is kept. What is traced is remembered with the
+    model, and looked up at each visit: so layers may be frozen and losses recompiled in between.
 
     Args:
         model: a compiled `keras.Model`.
         x: inputs, axis 0 of length N; a nested structure for several inputs.
         y: targets. Defaults to `None`.
         sample_weight: the examples' weights in the loss. Defaults to `None`.
-        compiled: as in `Derivatives`. Defaults to `False`.
 
     Raises:
         ValueError: the model is not compiled with a loss that is a weighted sum over examples, or
             has no second derivatives.
     """
 
-    def __init__(self, model, x, y=None, sample_weight=None, compiled=False):
+    def __init__(self, model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None):
         self.model = model
         self.batch = as_batch(model, x, y, sample_weight)
-        self._way = way_for(model, self.batch, False, "auto", None)
-        self.derivatives = Derivatives(model, *self.batch, compiled=compiled)
+        self._is_visited = False
         with self.visiting():
-            self.derivatives.check()
-        self.n_examples = self.derivatives.n_examples
-        self.weights = self.derivatives.weights
-        self.dtype = self.derivatives.dtype
+            pass  # refused here, if at all
+
+    @contextlib.contextmanager
+    def visiting(self, often=False):
+        """Whatever runs inside, the model's weights and states end as they began.
+
+        Args:
+            often: whether derivatives are asked for at many points. Defaults to `False`.
+        """
+        if self._is_visited:
+            yield
+            return
+        self._is_visited = True
+        try:
+            self._way = way_for(self.model, self.batch, False, "auto", None)
+            with unchanged(self.model):
+                self.derivatives = Derivatives(self.model, self.batch, often)
+                yield
+        finally:
+            self._is_visited = False
 
     @property
-    def d(self):
+    def n_examples(self) -> int:
+        """N."""
+        return self.batch.size
+
+    @property
+    def weights(self) -> list[tf.Variable]:
+        """The trainable weights."""
+        return self.derivatives.weights
+
+    @property
+    def dtype(self) -> tf.DType:
+        """The dtype of all that is formed: the widest of the weights', and at least float32."""
+        return self.derivatives.dtype
+
+    @property
+    def d(self) -> int:
         """The number of trainable scalars."""
         return vectors.size(self.weights)
 
-    def diffusion_matrix(self):
-        """D at the model's present weights."""
-        return DiffusionMatrix(self._way(self.batch))
+    def diffusion_matrix(self) -> DiffusionMatrix:
+        """D at the model's present weights, to be asked before they change."""
+        with self.visiting():
+            return DiffusionMatrix(self._way(self.batch))
 
-    def gradient(self):
+    def gradient(self) -> list[tf.Tensor]:
         """v, the gradient of L(1)."""
-        return self.derivatives.loss_and_gradient()[1]
+        with self.visiting():
+            return self.derivatives.loss_and_gradient()[1]
 
     def covariance(self, a):
         """Cov_i(a_i, g_i), for a of shape (N,)."""
@@ -78,10 +116,10 @@ class Point:
             self.covariance(self.derivatives.second(u, v)),
         )
 
-    def christoffel(self, u, v, epsilon, epsilon_gradient=None):
+    def lowered_christoffel(self, u, v, epsilon, epsilon_gradient=None):
         """The lowered Christoffel symbols Gamma_kij u^i v^j of g = I + eps D, exactly.
 
-        Eps Cov_i(<u, H_i v>, g_i), Eq. (7); and where eps has a gradient e also
+        eps Cov_i(<u, H_i v>, g_i), Eq. (7); and where eps has a gradient e also
         (<e, u> D v + <e, v> D u - <u, D v> e) / 2, by Eq. (5).
         """
         result = vectors.scale(self.covariance(self.derivatives.second(u, v)), epsilon)
@@ -94,7 +132,7 @@ class Point:
         return vectors.add(result, e, -vectors.inner(u, Dv) / 2)
 
     def vector(self, v, name):
-        """V as a list of tensors shaped as the weights and of their dtype.
+        """v as a list of tensors shaped as the weights and of their dtype.
 
         Raises:
             ValueError: it is not shaped as the weights; names the argument.
@@ -116,12 +154,6 @@ class Point:
         """Set the trainable weights to a numpy vector of shape (d,)."""
         for w, value in zip(self.weights, vectors.unflatten(position, self.weights), strict=True):
             w.assign(value)
-
-    @contextlib.contextmanager
-    def visiting(self):
-        """Whatever runs inside, the model's weights and states end as they began."""
-        with unchanged(self.model):
-            yield
 
     def _centred(self, a):
         return (a - tf.reduce_mean(a)) / self.n_examples
