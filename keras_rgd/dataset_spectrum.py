@@ -208,7 +208,7 @@ class _Plan:
     def __init__(self, passes, batch_size, k, memory_limit):
         n, d = passes.n, passes.d
         self._n, self._d, self._limit = n, d, memory_limit
-        entry = ways.working_dtype(passes.weights).size
+        entry = np.dtype(ways.working_dtype(passes.weights)).itemsize
         # A batch's gradients by weight, as one array, and in TensorFlow's hands.
         batch = 3 * batch_size * d * entry
         gram = 2 * 8 * n * n + batch

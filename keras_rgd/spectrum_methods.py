@@ -111,7 +111,7 @@ class Passes:
         """(v, gbar): the gradient of the loss and its part by the examples, (d,), float64."""
         v, mean = np.zeros(self.d), np.zeros(self.d)
         for gradients in self.gradients("gradient"):
-            self.dtype, self.way = gradients.dtype.as_numpy_dtype, gradients.way
+            self.dtype, self.way = np.dtype(gradients.dtype), gradients.way
             share = gradients.n_examples / self.n
             v += share * vectors.flatten(gradients.gradient)
             mean += share * vectors.flatten(gradients.mean())

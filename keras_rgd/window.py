@@ -10,11 +10,11 @@ with the current gradient in, was as good as any other way of treating the drift
 (docs/window.md).
 """
 
-import keras
 from keras import ops
 
 from keras_rgd._support import eigensolvers, rounding, vectors
 from keras_rgd.epsilon import GramSpectrum
+from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows, working_dtype
 
 # In bytes; a window above it is announced before training.
 _LARGE = 2**30
@@ -224,7 +224,7 @@ class WindowStep:
             variable.assign(ops.where(finite, value, variable.value))
 
 
-class WindowGradients:
+class WindowGradients(PerExampleGradients):
     """A window's gradients as `keras_rgd.DiffusionMatrix` takes those of examples.
 
     Scaled so that their D, (1/n) G^T H G, is the window's. It looks at the optimizer's variables:
@@ -238,11 +238,10 @@ class WindowGradients:
     way = "window"
     gram_is_cheap = True
 
-    def __init__(self, window, batch_size):
+    def __init__(self, window: GradientWindow, batch_size: int):
         self._window = window
         self.n_examples = min(window.count(), window.size)
         self.weights = window.variables
-        self.dtype = window.dtype
         self._scale = (batch_size * self.n_examples / (self.n_examples - 1)) ** 0.5
 
     @property
@@ -251,43 +250,23 @@ class WindowGradients:
         last = (self._window.count() - 1) % self._window.size
         return self._window.shaped(_place(self._window.read(), last, self.dtype))
 
-    def cast(self, tensors):
-        """A list of tensors as one of `dtype`."""
-        return [ops.cast(ops.convert_to_tensor(t), self.dtype) for t in tensors]
-
-    def dot(self, v):
-        """<g_t, v>, shape (n,), for v a list of tensors shaped as the weights."""
+    def _dot(self, v):
         k = _dot(self._window.read(), self._window.flat(v))
         return self._scale * k[: self.n_examples]
 
-    def combine(self, w):
-        """sum_t w_t g_t, a list of tensors shaped as the weights, for w of shape (n,)."""
+    def _combine(self, w):
         return [x[0] for x in self.combine_many(w[None])]
 
     def combine_many(self, w):
-        """Rows of `combine`: for w of shape (m, n) a list of tensors (m, *weight shape)."""
         w = self._scale * ops.pad(w, [[0, 0], [0, self._window.size - self.n_examples]])
         return self._window.shaped(_combine(w, self._window.read()), [w.shape[0]])
 
-    def mean(self):
-        """The mean of the g_t, a list of tensors shaped as the weights."""
-        return self.combine(ops.full([self.n_examples], 1 / self.n_examples, self.dtype))
-
-    def unit(self, mean):
-        """A positive scalar of the order of the gradients: their squares in it stay in range."""
-        signs = 1.0 - 2.0 * ops.cast(ops.arange(self.n_examples) % 2, self.dtype)
-        other = self.combine(signs / self.n_examples)
-        size = ops.maximum(vectors.norm(mean), vectors.norm(other))
-        return ops.where(size > 0, size, ops.ones_like(size))
-
     def gram(self, center=None, unit=1.0):
-        """<(g_t - c) / unit, (g_s - c) / unit>, shape (n, n); c = 0 where `center` is `None`."""
-        center = self._window.flat([None] * len(self.weights) if center is None else center)
-        total = 0
-        for row, c in zip(self._window.read(), center, strict=True):
-            g = (self._scale * ops.cast(row[: self.n_examples], self.dtype) - c) / unit
-            total = total + ops.matmul(g, ops.transpose(g))
-        return total
+        rows = (
+            self._scale * ops.cast(row[: self.n_examples], self.dtype)
+            for row in self._window.read()
+        )
+        return gram_of_rows(rows, None if center is None else self._window.flat(center), unit)
 
 
 def announcement(variables, size, dtype=None):
@@ -314,12 +293,6 @@ def _groups(sizes):
     large = [[i] for i, size in enumerate(sizes) if size >= _SMALL]
     small = [i for i, size in enumerate(sizes) if size < _SMALL]
     return [*large, small] if small else large
-
-
-def working_dtype(variables):
-    """The widest floating dtype of variables, and at least float32, as a string."""
-    dtypes = {keras.backend.standardize_dtype(v.dtype) for v in variables}
-    return "float64" if "float64" in dtypes else "float32"
 
 
 def _gram_of_distances(squares, valid, n):

@@ -38,7 +38,7 @@ class Derivatives:
 
     def __init__(self, model, x, y, sample_weight, compiled=False):
         self.weights = [w.value for w in model.trainable_variables]
-        self.dtype = working_dtype(self.weights)
+        self.dtype = tf.as_dtype(working_dtype(self.weights))
         self._batch = Batch(x, y, sample_weight)
         self.n_examples = int(self._batch.size)
         self._model, self._example_losses = model, ExampleLosses(model, training=False)
