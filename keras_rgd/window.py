@@ -10,9 +10,15 @@ with the current gradient in, was as good as any other way of treating the drift
 (docs/window.md).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from keras import ops
 
-from keras_rgd._support import eigensolvers, rounding, vectors
+from keras_rgd._support import centring, eigensolvers, rounding, vectors
+from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.epsilon import GramSpectrum
 from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows, working_dtype
 
@@ -39,7 +45,13 @@ class GradientWindow:
         dtype: of the stored gradients, or `None` for `working_dtype(variables)`.
     """
 
-    def __init__(self, add_variable, variables, size, dtype=None):
+    def __init__(
+        self,
+        add_variable: Callable[..., Any],
+        variables: Sequence[Any],
+        size: int,
+        dtype: str | None = None,
+    ):
         self.size = size
         self.variables = list(variables)
         self.dtype = working_dtype(variables)
@@ -63,14 +75,14 @@ class GradientWindow:
         """How many gradients were stored so far, an int; outside a graph."""
         return int(ops.convert_to_numpy(self.stored.value))
 
-    def step(self, gradients, batch_size):
-        """The `WindowStep` along a new gradient, which is not stored yet.
+    def direction_of(self, gradients: Sequence[Tensor | None], batch_size: int) -> WindowDirection:
+        """The `WindowDirection` along a new gradient, which is not stored yet.
 
         Args:
             gradients: v, a list of tensors shaped as the weights; `None` stands for 0.
             batch_size: |B|.
         """
-        return WindowStep(self, self.flat(gradients), batch_size)
+        return WindowDirection(self, self.flat(gradients), batch_size)
 
     def flat(self, v):
         """A list of tensors shaped as the weights, or `None` for 0, as one of group vectors."""
@@ -136,18 +148,22 @@ def _place(rows, t, dtype):
     return [ops.cast(ops.take(row, t, axis=0), dtype) for row in rows]
 
 
-class WindowStep:
-    """One step along v: the spectrum of the window's D with v in it, and (I - eps D) v.
+class WindowDirection:
+    """(I - eps D) v with the window's D, v in it, along the new gradient v.
+
+    It has the Gram matrix H G G^T H of its own, from the gradients' squared distances, as the
+    window keeps those from step to step where `DiffusionMatrix` would form all products anew.
+    tests/any_backend holds its D equal to that of `WindowGradients`, and both to an explicit one.
 
     Every use of the stored gradients comes before `store`, and what is stored depends on the
     direction: so XLA overwrites the oldest gradient in place, where it would copy the window.
 
     Attributes:
-        spectrum: for a rule of `keras_rgd.epsilon`.
-        lost_digits: as of `keras_rgd.direction.GramStep`.
+        seen_by_rule: D along v, for a rule of `keras_rgd.epsilon`.
+        lost_digits: as of `keras_rgd.direction.GramDirection`.
     """
 
-    def __init__(self, window, v, batch_size):
+    def __init__(self, window: GradientWindow, v: list[Tensor], batch_size: int):
         self._window, self._v, self._rows = window, v, window.read()
         dtype, W = window.dtype, window.size
         self._slot, last = window.stored % W, (window.stored + W - 1) % W
@@ -177,28 +193,29 @@ class WindowStep:
         squares = self._distances * valid[:, None] * valid
         largest = ops.max(squares)
         unit = ops.sqrt(ops.where(largest > 0, largest, ops.ones_like(largest)))
-        k = _gram_of_distances(squares / unit / unit, valid, n) * scale
-        self._square, length = square, ops.sqrt(square) / unit
-        noise = rounding.machine_epsilon(dtype)
-        differ = ops.sqrt(largest) > rounding.noise(ops.sqrt(square), dtype)
+        # The products of points less their mean, from their squared distances E: -H E H / 2, as in
+        # classical multidimensional scaling (Torgerson 1952).
+        k = centring.centred_gram(squares / unit / unit, valid) * (-scale / 2)
+        self._square, square_in_unit = square, ops.square(ops.sqrt(square) / unit)
+        differ = rounding.is_real(largest, square, dtype, centred=True)
         several = ops.logical_and(window.stored > 0, square > 0)
         self.lost_digits = ops.logical_and(several, ops.logical_not(differ))
         real = ops.cast(differ, dtype)
+        error = rounding.error(ops.ones_like(square), square_in_unit, dtype, centred=True)
         centred = self._products / unit / unit * valid * real
-        # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
-        for _ in range(2):
-            centred = (centred - ops.sum(centred) / n) * valid
+        # Twice, as the weights are spent on gradients that are not centred.
+        centred = centring.centred(centring.centred(centred, valid), valid)
         self._weights = scale * centred
-        self.spectrum = GramSpectrum(
-            lambda_max=real * (eigensolvers.trace_power_bound(k) + scale * n * noise * length),
+        self.seen_by_rule = GramSpectrum(
+            lambda_max=real * (eigensolvers.trace_power_bound(k) + scale * n * error),
             gram=real * k,
             products=ops.sqrt(scale) * centred,
-            square=ops.square(length),
+            square=square_in_unit,
             unit=unit,
         )
 
-    def direction(self, epsilon):
-        """(I - eps D) v, Eq. (10), for eps in the unit of the spectrum."""
+    def at(self, epsilon: Tensor) -> Vector:
+        """(I - eps D) v, Eq. (10), for eps in the unit of `seen_by_rule`."""
         w = epsilon * self._weights
         own = ops.sum(w * self._here)
         others = _combine(w * (1 - self._here), self._rows)
@@ -209,7 +226,7 @@ class WindowStep:
     def store(self):
         """Put v in the place of the oldest gradient; where the step is not finite, zeros.
 
-        The next gradient takes that place then. After `direction`.
+        The next gradient takes that place then. After `at`.
         """
         window = self._window
         finite = ops.isfinite(self._probe + self._square)
@@ -269,7 +286,36 @@ class WindowGradients(PerExampleGradients):
         return gram_of_rows(rows, None if center is None else self._window.flat(center), unit)
 
 
-def announcement(variables, size, dtype=None):
+def make_window(
+    add_variable: Callable[..., Any], variables: Sequence[Any], size: int, dtype: str | None
+) -> GradientWindow:
+    """A `GradientWindow`, announced where it is large.
+
+    Args:
+        add_variable: as in `GradientWindow`, as all others.
+        variables: the weights.
+        size: W.
+        dtype: of the stored gradients, or `None`.
+
+    Raises:
+        ValueError: it does not fit in memory.
+    """
+    # First, as it may not fit.
+    large = _announcement(variables, size, dtype)
+    if large is not None:
+        print(large, flush=True)
+    try:
+        return GradientWindow(add_variable, variables, size, dtype)
+    except Exception as error:  # each backend has a class of its own for want of memory
+        if large is None:
+            raise
+        raise ValueError(
+            f"The window does not fit in memory: {large} Expected a smaller `window`. "
+            f"Received: window={size!r}"
+        ) from error
+
+
+def _announcement(variables, size, dtype):
     """A line for the user where a window would be large, else `None`; nothing is allocated.
 
     Args:
@@ -293,18 +339,3 @@ def _groups(sizes):
     large = [[i] for i, size in enumerate(sizes) if size >= _SMALL]
     small = [i for i, size in enumerate(sizes) if size < _SMALL]
     return [*large, small] if small else large
-
-
-def _gram_of_distances(squares, valid, n):
-    """The Gram matrix of n points less their mean, from their squared distances.
-
-    -H E H / 2, as in classical multidimensional scaling (Torgerson 1952).
-
-    Args:
-        squares: E, shape (W, W), 0 where a point is not valid.
-        valid: 1 for a point and 0 for none, shape (W,).
-        n: their number, a scalar tensor.
-    """
-    means = ops.sum(squares, 1) / n
-    centred = squares - means[:, None] - means + ops.sum(means) / n
-    return -centred * valid[:, None] * valid / 2

@@ -59,13 +59,14 @@ def inner(a: Vector, b: Vector) -> Tensor:
 
 def norm(a: Vector) -> Tensor:
     """Euclidean norm, safe where the squares of the entries leave the range of the dtype."""
-    largest = ops.max(ops.stack([_largest(x) for x in a]))
+    largest = ops.max(ops.stack([largest_of(x) for x in a]))
     unit = ops.where(largest > 0, largest, ops.ones_like(largest))
     return unit * ops.sqrt(sum(ops.sum(ops.square(x / unit)) for x in a))
 
 
-def _largest(x):
-    # A weight may have no entries, and a batch no examples.
+def largest_of(x: Tensor) -> Tensor:
+    """The largest absolute value in a tensor, a scalar tensor; 0 in a tensor without entries."""
+    # A weight may have none, and a batch no examples.
     return ops.max(ops.abs(x), initial=0)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
-from keras_rgd._support import vectors
+from keras_rgd._support import centring, vectors
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.geometry.derivatives import Derivatives
 from keras_rgd.per_example.measuring import as_batch, way_for
@@ -68,7 +68,7 @@ class Point:
         return self.derivatives.third(self._centred(a), u, v)
 
     def product(self, v):
-        """D v."""
+        """D v, by derivatives that are traced already; `DiffusionMatrix` would trace its own."""
         return self.covariance(self.derivatives.dot(v))
 
     def product_change(self, u, v):
@@ -124,4 +124,4 @@ class Point:
             yield
 
     def _centred(self, a):
-        return (a - tf.reduce_mean(a)) / self.n_examples
+        return centring.centred(a) / self.n_examples

@@ -436,7 +436,7 @@ def test_a_window_is_announced_before_it_takes_the_memory(capsys, monkeypatch):
     def allocating(*args):
         raise MemoryError
 
-    monkeypatch.setattr("keras_rgd.optimizer.GradientWindow", allocating)
+    monkeypatch.setattr("keras_rgd.window.GradientWindow", allocating)
     with pytest.raises(ValueError, match=f"does not fit.*`window`. Received: window={2**40}"):
         keras_rgd.RGD(window=2**40).build(variables())
     assert "RGD(window=1099511627776) stores 1,099,511,627,776" in capsys.readouterr().out
