@@ -133,7 +133,7 @@ class Passes:
         """D x, shape (d, m), for x of shape (d, m), in one pass; float64.
 
         A `DiffusionMatrix` has all examples in one batch; here H is applied by the mean that the
-        first pass found. tests/test_whole_dataset.py holds its spectrum equal to a dense D's.
+        first pass found. tests/test_one_mathematics.py holds the spectra equal.
         """
         shift = (self.mean @ x).astype(self.dtype)
         v = [

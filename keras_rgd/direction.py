@@ -53,7 +53,7 @@ class GramDirection:
 
     It has D v = (1/N) sum_i (k_i - mean k) g_i of its own, as `DiffusionMatrix` would go through
     the examples twice: an `ExampleSpace` has k = G v from the pass that gave v, and the weights
-    1 - eps (k_i - mean k) are spent in one more pass. tests/test_diffusion.py holds them equal.
+    1 - eps (k_i - mean k) are spent in one more. tests/test_one_mathematics.py holds them equal.
 
     Args:
         gradients: the batch's, whose Gram matrix is cheap.

@@ -153,7 +153,7 @@ class WindowDirection:
 
     It has the Gram matrix H G G^T H of its own, from the gradients' squared distances, as the
     window keeps those from step to step where `DiffusionMatrix` would form all products anew.
-    tests/any_backend holds its D equal to that of `WindowGradients`, and both to an explicit one.
+    tests/test_one_mathematics.py holds it equal to that of `WindowGradients`.
 
     Every use of the stored gradients comes before `store`, and what is stored depends on the
     direction: so XLA overwrites the oldest gradient in place, where it would copy the window.
