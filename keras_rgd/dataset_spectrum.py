@@ -4,20 +4,23 @@ D(x) of the paper is over all N examples, and has d x d entries. Its rank is at 
 published measurement (Chaudhari and Soatto, arXiv 1710.11029) found it far below that.
 """
 
-import dataclasses
-import math
-import time
+from __future__ import annotations
 
+import functools
+import time
+from typing import Any
+
+import keras
 import numpy as np
 
 from keras_rgd import per_example as ways
+from keras_rgd import record_values as values_of
 from keras_rgd import spectrum_methods
 from keras_rgd._support import arguments
 from keras_rgd._support.batches import Batches
-from keras_rgd.diffusion_matrix import FLOAT32_EPSILON, LARGEST_RELATIVE_CUT
-from keras_rgd.measurement import mean_std, noise_scale
+from keras_rgd.dataset_passes import Passes
 from keras_rgd.per_example.measuring import as_batch, way_for
-from keras_rgd.records import load_json, plain, revived, save_json
+from keras_rgd.records import Spectrum
 
 METHODS = ("auto", "gram", "covariance", "iterative")
 
@@ -30,80 +33,21 @@ _MOST_BLOCKS = 20
 # What "iterative" finds where the caller does not say, and what is kept of a whole spectrum.
 _LEADING, _KEPT = 32, 4096
 
-_KEY, _VERSION = "keras_rgd_spectrum", 1
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Spectrum:
-    """D of a model over a data set of N examples.
-
-    "Squared gradient" is the unit of eigenvalues: the loss's unit over the weights', squared.
-    """
-
-    eigenvalues: np.ndarray  # (k,), float64, descending, squared gradient
-    residuals: np.ndarray  # (k,), |D u - lambda u| of each, squared gradient; 0 of a dense solver
-    lambda_max: float  # squared gradient
-    trace: float  # tr D, exact also where only the leading eigenvalues are known
-    rank: int  # eigenvalues above rank_cut
-    rank_is_lower_bound: bool  # of the leading eigenvalues all are above it; there may be more
-    rank_cut: float  # by rank_rule, squared gradient
-    rank_rule: str  # "reference", lambda_max d eps32 as in arXiv 1710.11029; else "gram", N for d
-    rank_bound: int  # min(N - 1, d), Eq. (3) of the paper
-    eigenvalue_mean: float  # over all d, tr D / d
-    eigenvalue_std: float  # over all d; NaN where not all eigenvalues are known
-    clipped_mean: float  # over all d, from below at rank_cut; NaN where the rank is a lower bound
-    clipped_std: float  # likewise
-    gradient_norm: float  # |v|, v the gradient of the loss over the data set
-    noise_scale: float  # tr S / |G|^2, unbiased (arXiv 1812.06162), in examples; NaN if |G|^2 <= 0
-    n_examples: int  # N
-    n_weights: int  # d
-    mode: str  # "evaluation" or "training"
-    method: str  # "gram", "covariance" or "iterative"
-    per_example: str  # how the gradients were had
-    seconds: float
-
-    def __post_init__(self):
-        self.eigenvalues.flags.writeable = False
-        self.residuals.flags.writeable = False
-
-    @property
-    def rank_percent(self):
-        """The rank in percent of d, as the literature gives it."""
-        return 100 * self.rank / self.n_weights
-
-    def save(self, path):
-        """Write it to a JSON file, whole or not at all.
-
-        Raises:
-            FileNotFoundError: the file's folder does not exist.
-        """
-        save_json({_KEY: _VERSION, "spectrum": {k: plain(v) for k, v in vars(self).items()}}, path)
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file holds no spectrum, or one of another version of this package.
-        """
-        content = load_json(path, _KEY, _VERSION, writer="Spectrum.save")
-        return revived(cls, content.get("spectrum", {}), path)
-
 
 def spectrum(
-    model,
-    data,
+    model: keras.Model,
+    data: Any,
     *,
-    k=None,
-    examples=None,
-    batch_size=128,
-    training=False,
-    per_example="auto",
-    seed=0,
-    method="auto",
-    memory_limit=6 * 2**30,
-    verbose=True,
-):
+    k: int | None = None,
+    examples: int | None = None,
+    batch_size: int = 128,
+    training: bool = False,
+    per_example: str = "auto",
+    seed: int = 0,
+    method: str = "auto",
+    memory_limit: int = 6 * 2**30,
+    verbose: bool = True,
+) -> Spectrum:
     """The spectrum of D over a whole data set, Eq. (2) of the paper, streamed in batches.
 
     The model is left as it was. Three methods, all on per-example gradients:
@@ -165,7 +109,7 @@ def spectrum(
     way = way_for(model, first, training, per_example, None, precise=False)
     if first.size > 1:
         ways.check_smaller_batches(ways.ExampleLosses(model, training=False), first)
-    passes = spectrum_methods.Passes(model, batches, way, training, verbose)
+    passes = Passes(model, batches, way, training, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(
             f"D has at most min(N, d) = {min(passes.n, passes.d)} eigenvalues that differ from 0. "
@@ -174,17 +118,20 @@ def spectrum(
     plan = _Plan(passes, min(batch_size, passes.n), k, memory_limit)
     method = plan.method if method == "auto" else method
     plan.check(method)
+    passes.first_pass()
     if method == "gram":
         found = spectrum_methods.gram(passes, plan.block)
     elif method == "covariance":
         found = spectrum_methods.covariance(passes)
     else:
         found = spectrum_methods.iterative(passes, plan.leading, seed)
-    v, mean = passes.means
+    whole, kept = method != "iterative", _KEPT if k is None else k
     return Spectrum(
-        **_values(found, passes, whole=method != "iterative", k=_KEPT if k is None else k),
-        gradient_norm=float(np.linalg.norm(v)),
-        noise_scale=noise_scale(passes.n, found.trace, float(mean @ mean)),
+        **values_of.dataset_eigenvalues(found.eigenvalues, found.trace, passes.n, passes.d, whole),
+        eigenvalues=found.eigenvalues[:kept].copy(),
+        residuals=found.residuals[:kept].copy(),
+        gradient_norm=float(np.linalg.norm(passes.v)),
+        noise_scale=values_of.noise_scale(passes.n, found.trace, float(passes.mean @ passes.mean)),
         n_examples=passes.n,
         n_weights=passes.d,
         mode="training" if training else "evaluation",
@@ -208,20 +155,16 @@ class _Plan:
     def __init__(self, passes, batch_size, k, memory_limit):
         n, d = passes.n, passes.d
         self._n, self._d, self._limit = n, d, memory_limit
-        entry = ways.working_dtype(passes.weights).size
-        # A batch's gradients by weight, as one array, and in TensorFlow's hands.
-        batch = 3 * batch_size * d * entry
-        gram = 2 * 8 * n * n + batch
-        room = max(memory_limit - gram, 0) // (entry * d)
+        entry = np.dtype(ways.working_dtype(passes.weights)).itemsize
+        gram = functools.partial(spectrum_methods.gram_bytes, n, d, batch_size, entry)
+        room = max(memory_limit - gram(), 0) // (entry * d)
         # Whole batches, so that none is cut.
         self.block = min(max(room // batch_size, 1) * batch_size, n)
         self.leading = min(_LEADING, n, max(d - 1, 1)) if k is None else k
-        trace_rows = entry * d * min(max(spectrum_methods.ROW_BYTES // (entry * d), 1), batch_size)
-        krylov = spectrum_methods.krylov_size(self.leading, d)
         self.bytes = {
-            "gram": gram + entry * d * min(batch_size, n),
-            "covariance": entry * d * (d + spectrum_methods.ROWS) + batch,
-            "iterative": 8 * d * (krylov + 3 * self.leading) + 3 * trace_rows,
+            "gram": gram(block=min(batch_size, n)),
+            "covariance": spectrum_methods.covariance_bytes(d, batch_size, entry),
+            "iterative": spectrum_methods.iterative_bytes(d, batch_size, entry, self.leading),
         }
         self._work = {"gram": n * n * d + n**3, "covariance": n * d * d + d**3}
 
@@ -256,31 +199,3 @@ class _Plan:
             f"{self._limit / 2**30:.3g} GiB. Take fewer `examples`, a smaller `batch_size` or `k`, "
             "or raise `memory_limit` (bytes)."
         )
-
-
-def _values(found, passes, whole, k):
-    """The fields of a record that follow from the eigenvalues."""
-    n, d, eigenvalues = passes.n, passes.d, found.eigenvalues
-    lambda_max = float(eigenvalues[0])
-    by_d = d * FLOAT32_EPSILON < LARGEST_RELATIVE_CUT
-    cut = lambda_max * FLOAT32_EPSILON * (d if by_d else min(n, d))
-    rank = int(np.count_nonzero(eigenvalues > cut))
-    open_ended = not whole and rank == len(eigenvalues)
-    clipped = (math.nan, math.nan)
-    if not open_ended:
-        clipped = mean_std(np.maximum(eigenvalues, cut), d, rest=cut)
-    return {
-        "eigenvalues": eigenvalues[:k].copy(),
-        "residuals": found.residuals[:k].copy(),
-        "lambda_max": lambda_max,
-        "trace": found.trace,
-        "rank": rank,
-        "rank_is_lower_bound": open_ended,
-        "rank_cut": cut,
-        "rank_rule": "reference" if by_d else "gram",
-        "rank_bound": min(n - 1, d),
-        "eigenvalue_mean": found.trace / d,
-        "eigenvalue_std": mean_std(eigenvalues, d)[1] if whole else math.nan,
-        "clipped_mean": clipped[0],
-        "clipped_std": clipped[1],
-    }

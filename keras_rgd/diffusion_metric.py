@@ -1,16 +1,20 @@
 """The diffusion metric g = I + eps D, Eq. (6) of the paper, its inverses and their distance."""
 
+from __future__ import annotations
+
 import math
 import numbers
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd._support import vectors
+from keras_rgd._support import centring, vectors
+from keras_rgd._support.vectors import Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
-from keras_rgd.epsilon import SpectralMeasure
+from keras_rgd.spectral_measure import SpectralMeasure
 
 
 class DiffusionMetric:
@@ -26,7 +30,7 @@ class DiffusionMetric:
             `DiffusionMatrix`.
     """
 
-    def __init__(self, diffusion_matrix, epsilon):
+    def __init__(self, diffusion_matrix: DiffusionMatrix, epsilon: float | epsilon_rules.Rule):
         if not isinstance(diffusion_matrix, DiffusionMatrix):
             raise ValueError(
                 "`diffusion_matrix` must be a DiffusionMatrix, as keras_rgd.diffusion_matrix("
@@ -47,22 +51,22 @@ class DiffusionMetric:
             )
         self.epsilon = float(epsilon)
 
-    def apply(self, v):
+    def apply(self, v: Vector) -> Vector:
         """(I + eps D) v, which lowers v's index, for v a list of tensors shaped as the weights."""
         return self._plus(v, self.epsilon)
 
-    def weak_inverse(self, v):
+    def weak_inverse(self, v: Vector) -> Vector:
         """(I - eps D) v, the inverse metric in the weak field: the direction of Eq. (10)."""
         return self._plus(v, -self.epsilon)
 
-    def inverse(self, v):
+    def inverse(self, v: Vector) -> Vector:
         """(I + eps D)^-1 v, which raises v's index exactly, by the N x N system.
 
         v - (eps/N) G^T H (I + eps K)^-1 H G v (Woodbury), solved in float64.
         """
         return inverse_product(self.diffusion_matrix, self.epsilon, v)
 
-    def inner(self, u, v):
+    def inner(self, u: Vector, v: Vector) -> float:
         """<u, (I + eps D) v>, the inner product in the metric, a float.
 
         Args:
@@ -72,15 +76,15 @@ class DiffusionMetric:
         u = self.diffusion_matrix.vector(u)
         return float(vectors.inner(u, self.apply(v)))
 
-    def norm(self, v):
+    def norm(self, v: Vector) -> float:
         """The length of v in the metric, a float, for v a list of tensors shaped as the weights."""
         D = self.diffusion_matrix
         v = D.vector(v)
-        k = D.products(v)
+        centred = centring.centred(D.products(v))
         # A sum of squares: no difference of large numbers.
-        return math.sqrt(float(vectors.norm(v)) ** 2 + self.epsilon * np.mean((k - k.mean()) ** 2))
+        return math.sqrt(float(vectors.norm(v)) ** 2 + self.epsilon * np.mean(centred**2))
 
-    def weak_field_error(self, v=None):
+    def weak_field_error(self, v: Vector | None = None) -> float:
         """How far the weak-field inverse is from the exact one.
 
         Args:
@@ -93,8 +97,8 @@ class DiffusionMetric:
         D = self.diffusion_matrix
         if v is None:
             return weak_field_error(D.eigenvalues(), self.epsilon)
-        spectrum = _spectrum(D, v)
-        return float(spectrum.weak_field_error(self.epsilon * spectrum.unit**2))
+        seen = _measure_along(D, v)
+        return float(seen.weak_field_error(self.epsilon * seen.unit**2))
 
     def _plus(self, v, factor):
         D = self.diffusion_matrix
@@ -102,19 +106,18 @@ class DiffusionMetric:
         return vectors.add(v, D.matvec(v), factor)
 
 
-def inverse_product(diffusion_matrix, epsilon, v):
+def inverse_product(diffusion_matrix: DiffusionMatrix, epsilon: float, v: Vector) -> Vector:
     """(I + eps D)^-1 v exactly, for any eps >= 0; see `DiffusionMetric.inverse`."""
     D = diffusion_matrix
     v = D.vector(v)
     n = D.n_examples
-    k = D.products(v)
     system = np.eye(n) + epsilon * D.centered_gram()
-    solution = scipy.linalg.solve(system, k - k.mean(), assume_a="pos")
-    weights = ops.cast(solution - solution.mean(), D.gradients.dtype)
+    solution = scipy.linalg.solve(system, centring.centred(D.products(v)), assume_a="pos")
+    weights = ops.cast(centring.centred(solution), D.gradients.dtype)
     return vectors.add(v, D.gradients.combine(weights), -epsilon / n)
 
 
-def weak_field_error(eigenvalues, epsilon):
+def weak_field_error(eigenvalues: Any, epsilon: float) -> float:
     """Distance between the exact inverse metric and its weak-field form.
 
     ||(I + eps D)^-1 - (I - eps D)||_2 = max_k (eps lam_k)^2 / (1 + eps lam_k), after Eq. (6).
@@ -130,8 +133,10 @@ def weak_field_error(eigenvalues, epsilon):
     return float(np.max(t**2 / (1 + t)))
 
 
-def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
-    """Eps by `rule` for the exact spectrum of D along v, a float.
+def choose_epsilon(
+    diffusion_matrix: DiffusionMatrix, rule: epsilon_rules.Rule, v: Vector, iteration: int = 0
+) -> float:
+    """eps by `rule` for the exact spectrum of D along v, a float.
 
     Args:
         diffusion_matrix: a `DiffusionMatrix` outside a graph.
@@ -139,12 +144,12 @@ def choose_epsilon(diffusion_matrix, rule, v, iteration=0):
         v: a list of tensors shaped as the weights.
         iteration: number of steps taken, for a schedule.
     """
-    spectrum = _spectrum(diffusion_matrix, v)
-    epsilon, _ = epsilon_rules.choose(rule, spectrum, iteration)
-    return float(spectrum.in_true_units(epsilon))
+    seen = _measure_along(diffusion_matrix, v)
+    epsilon, _ = epsilon_rules.choose(rule, seen, iteration)
+    return float(seen.in_true_units(epsilon))
 
 
-def _spectrum(diffusion_matrix, v):
+def _measure_along(diffusion_matrix, v):
     """The exact `SpectralMeasure` of D along v, in float64."""
     eigenvalues = diffusion_matrix.eigenvalues()
     top = eigenvalues[0]

@@ -1,67 +1,83 @@
-"""D as one training step sees it: M_x, v's spectral measure, and the way back to the weights."""
+"""(I - eps D) v of one batch, Eq. (10): by a Gram matrix, by products with D, or by passes.
+
+Each form shows a rule for eps what it knows of D along v, and gives the direction at the eps that
+the rule chose. A window of gradients has the fourth, `window.WindowDirection`.
+"""
+
+from __future__ import annotations
 
 from keras import ops
 
-from keras_rgd._support import eigensolvers, rounding, vectors
-from keras_rgd.diffusion_matrix import ESTIMATE_MARGIN, DiffusionMatrix
+from keras_rgd._support import centring, eigensolvers, rounding, vectors
+from keras_rgd._support.vectors import Tensor, Vector
+from keras_rgd.diffusion_matrix import DiffusionMatrix, Product
 from keras_rgd.epsilon import GramSpectrum, SpectralMeasure
+from keras_rgd.largest_eigenvalue import estimate_by_passes, estimate_by_products
+from keras_rgd.per_example.gradients import PerExampleGradients
 
 
-def step_of(gradients, last_estimate):
-    """What a step along v = `gradients.gradient` needs: a `GramStep` or a `MatvecStep`.
+def direction_of(
+    gradients: PerExampleGradients, last_estimate: Tensor | float
+) -> GramDirection | ProductDirection:
+    """(I - eps D) v for v = `gradients.gradient`, by what these gradients have cheap.
 
     Args:
-        gradients: the batch's `PerExampleGradients`.
+        gradients: the batch's.
         last_estimate: `lambda_max` of the last step, 0 if there is none; a scalar.
     """
     if gradients.gram_is_cheap:
-        return GramStep(gradients)
+        return GramDirection(gradients)
     D = DiffusionMatrix(gradients)
-    image = D.image(gradients.gradient)
-    estimate = D.estimate(image, last_estimate)
-    return MatvecStep(gradients, image, estimate * ESTIMATE_MARGIN)
+    product = D.factored_product(gradients.gradient)
+    return ProductDirection(gradients, product, estimate_by_products(D, product, last_estimate))
 
 
-def iterated_step_of(gradients, start):
-    """As `step_of` where each operation is a pass over many examples: as few as can be.
+def direction_by_passes(
+    gradients: PerExampleGradients, start: Vector
+) -> tuple[ProductDirection, Vector]:
+    """As `direction_of` where each operation is a pass over many examples: as few as can be.
 
     Args:
-        gradients: the batch's `PerExampleGradients`.
+        gradients: the batch's.
         start: what the last step returned, a list of tensors shaped as the weights; 0 at first.
 
     Returns:
-        A `MatvecStep`; where the next step may start.
+        The direction; where the next step may start.
     """
-    D = DiffusionMatrix(gradients)
-    image, lambda_max, top = D.iterate(gradients.gradient, start)
-    return MatvecStep(gradients, image, lambda_max), top
+    product, lambda_max, top = estimate_by_passes(gradients, gradients.gradient, start)
+    return ProductDirection(gradients, product, lambda_max), top
 
 
-class GramStep:
-    """A step in example space: a Gram matrix, an upper bound on M_x, weights for the examples.
+class GramDirection:
+    """(I - eps D) v in example space, by a Gram matrix, which also gives an upper bound on M_x.
+
+    It has D v = (1/N) sum_i (k_i - mean k) g_i of its own, as `DiffusionMatrix` would go through
+    the examples twice: an `ExampleSpace` has k = G v from the pass that gave v, and the weights
+    1 - eps (k_i - mean k) are spent in one more. tests/test_one_mathematics.py holds them equal.
+
+    Args:
+        gradients: the batch's, whose Gram matrix is cheap.
 
     Attributes:
-        spectrum: for a rule of `keras_rgd.epsilon`.
+        seen_by_rule: D along v, for a rule of `keras_rgd.epsilon`.
         lost_digits: whether D was taken as 0 because the gradients of several examples differ by
             no more than rounding, a bool scalar tensor.
     """
 
-    def __init__(self, gradients):
+    def __init__(self, gradients: PerExampleGradients):
         self._gradients = gradients
         space = gradients.example_space()
         dtype = space.gram.dtype
         n = ops.cast(gradients.n_examples, dtype)
-        k = space.gram - ops.mean(space.gram, 0, keepdims=True)
-        k = k - ops.mean(k, 1, keepdims=True)
+        k = centring.centred_gram(space.gram)
         known = (space.largest, dtype, space.centred)
         differ = rounding.is_real(ops.max(ops.diagonal(k)), *known)
         self.lost_digits = _lost(gradients, space.square, differ)
         real, k = ops.cast(differ, dtype), k / n
         error = rounding.error(ops.trace(k), *known)
-        centred = space.products - ops.mean(space.products)
-        # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
-        self._centred = real * (centred - ops.mean(centred))
-        self.spectrum = GramSpectrum(
+        # Twice, as the weights are spent on gradients that are not centred.
+        self._centred = real * centring.centred(centring.centred(space.products))
+        self.seen_by_rule = GramSpectrum(
             lambda_max=real * (eigensolvers.trace_power_bound(k) + error),
             unit=space.unit,
             gram=real * k,
@@ -69,42 +85,42 @@ class GramStep:
             square=space.square,
         )
 
-    def direction(self, epsilon):
-        """(I - eps D) v, Eq. (10), for eps in the unit of the spectrum."""
+    def at(self, epsilon: Tensor) -> Vector:
+        """(I - eps D) v, Eq. (10), for eps in the unit of `seen_by_rule`."""
         return self._gradients.reweighted(1 - epsilon * self._centred)
 
 
-class MatvecStep:
-    """A step by products with D: an estimate of M_x, and v less eps D v.
+class ProductDirection:
+    """(I - eps D) v by one product with D, and an estimate of M_x.
 
     Args:
-        gradients: the batch's `PerExampleGradients`.
-        image: D v as an `Image`.
-        lambda_max: M_x in the unit `image.unit`**2, a scalar tensor.
+        gradients: the batch's.
+        product: D v.
+        lambda_max: M_x in the unit `product.unit`**2, a scalar tensor.
 
     Attributes:
-        spectrum: for a rule of `keras_rgd.epsilon`.
-        lost_digits: whether D v was taken as 0, as in `GramStep`.
+        seen_by_rule: D along v, for a rule of `keras_rgd.epsilon`.
+        lost_digits: whether D v was taken as 0, as in `GramDirection`.
     """
 
-    def __init__(self, gradients, image, lambda_max):
-        self._gradients, self._image = gradients, image
-        self.lost_digits = _lost(gradients, image.norm, image.size > 0)
-        unit = image.unit
-        mass = ops.square(image.size / unit)
+    def __init__(self, gradients: PerExampleGradients, product: Product, lambda_max: Tensor):
+        self._gradients, self._product = gradients, product
+        self.lost_digits = _lost(gradients, product.norm, product.size > 0)
+        unit = product.unit
+        mass = ops.square(product.size / unit)
         nodes, weights = eigensolvers.moments_measure(
-            lambda_max, mass, mass * ops.square(image.alpha / unit)
+            lambda_max, mass, mass * ops.square(product.alpha / unit)
         )
-        self.spectrum = SpectralMeasure(
+        self.seen_by_rule = SpectralMeasure(
             lambda_max=lambda_max, nodes=nodes, weights=weights, unit=unit
         )
 
-    def direction(self, epsilon):
-        """(I - eps D) v, Eq. (10), for eps in the unit of the spectrum."""
-        image = self._image
+    def at(self, epsilon: Tensor) -> Vector:
+        """(I - eps D) v, Eq. (10), for eps in the unit of `seen_by_rule`."""
+        product, unit = self._product, self._product.unit
         # eps D v, each factor in units of the gradient: no product of them leaves the dtype.
-        length = epsilon * (image.size / image.unit) * (image.alpha / image.unit) * image.norm
-        return vectors.add(self._gradients.gradient, image.direction, -length)
+        length = epsilon * (product.size / unit) * (product.alpha / unit) * product.norm
+        return vectors.add(self._gradients.gradient, product.direction, -length)
 
 
 def _lost(gradients, size, differ):

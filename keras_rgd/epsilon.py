@@ -4,16 +4,17 @@ A rule sees D along one vector v: a bound on its largest eigenvalue and a quadra
 spectral measure of v. It works on tensors, in and out of a compiled step.
 """
 
+from __future__ import annotations
+
 import abc
-import dataclasses
 import numbers
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_rgd._support import eigensolvers
+from keras_rgd._support.vectors import Tensor
+from keras_rgd.spectral_measure import GramSpectrum, SpectralMeasure, largest_number
 
 # "Just under" 1/M_x: further below than M_x's own rounding.
 _JUST_UNDER = 1 - 2.0**-10
@@ -22,98 +23,7 @@ _JUST_UNDER = 1 - 2.0**-10
 _BISECTIONS = 30
 
 
-class InUnits:
-    """What is kept in a unit, `unit`**2 for eigenvalues."""
-
-    def in_true_units(self, epsilon):
-        """`epsilon` times unit**-2, at most the largest number of the dtype."""
-        return ops.minimum(epsilon / self.unit / self.unit, _largest_number(epsilon.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class SpectralMeasure(InUnits):
-    """What a rule knows of D and a vector v, in the unit `unit`**2 for eigenvalues.
-
-    Attributes:
-        lambda_max: a bound on (or estimate of) the largest eigenvalue, divided by unit**2; a
-            scalar tensor, 0 where D is 0.
-        nodes: points lam_j of a quadrature rule, divided by unit**2, shape (m,).
-        weights: its weights, shape (m,), non-negative, sum 1: for a function f,
-            v^T f(D) v / |v|^2 = sum_j weights_j f(lam_j).
-        unit: the square root of the unit of eigenvalues, a scalar tensor. It keeps squares of
-            tiny and huge gradients in range.
-        mean_lambda_max: the running mean of `lambda_max` over the steps before, divided by unit**2;
-            0 at first, and `None` where there is no training.
-    """
-
-    lambda_max: Any
-    nodes: Any
-    weights: Any
-    unit: Any
-    mean_lambda_max: Any = None
-
-    def weak_field_error(self, epsilon):
-        """|((I + eps D)^-1 - (I - eps D)) v| / |(I + eps D)^-1 v|, after Eq. (6) of the paper.
-
-        Args:
-            epsilon: in the unit unit**-2, a scalar tensor.
-        """
-        t = epsilon * self.nodes
-        error = ops.sum(self.weights * ops.square(ops.square(t) / (1 + t)))
-        size = ops.sum(self.weights / ops.square(1 + t))
-        return ops.sqrt(ops.divide_no_nan(error, size))
-
-    def quadrature(self):
-        """A `SpectralMeasure` whose weak-field error is cheap for many eps: this one."""
-        return self
-
-
-@dataclasses.dataclass(frozen=True)
-class GramSpectrum(InUnits):
-    """A spectrum known by its matrix in example space; everything in the unit `unit`**2.
-
-    Attributes:
-        lambda_max: an upper bound on the largest eigenvalue, a scalar tensor, 0 where D is 0.
-        gram: K = (1/N) H G G^T H, shape (N, N).
-        products: H G v / sqrt(N), shape (N,).
-        square: |v|^2, a scalar tensor.
-        unit: as in `SpectralMeasure`.
-        mean_lambda_max: as in `SpectralMeasure`.
-    """
-
-    lambda_max: Any
-    gram: Any
-    products: Any
-    square: Any
-    unit: Any
-    mean_lambda_max: Any = None
-
-    def weak_field_error(self, epsilon):
-        """As `SpectralMeasure.weak_field_error`, for eps < 1/lambda_max, by products with K.
-
-        (I + eps D)^-1 v = v - eps B y with B^T B = K, y = (I + eps K)^-1 B^T v, and the difference
-        to (I - eps D) v is eps B (B^T v - y).
-        """
-        y = eigensolvers.solve_shifted(self.gram, epsilon, self.products)
-        image = ops.matmul(self.gram, y)
-        rest = epsilon * image  # B^T v - y
-        error = ops.square(epsilon) * ops.sum(rest * ops.matmul(self.gram, rest))
-        size = self.square - epsilon * (
-            2 * ops.sum(self.products * y) - epsilon * ops.sum(y * image)
-        )
-        # (I + eps D)^-1 halves v at most.
-        size = ops.maximum(size, self.square / 4)
-        return ops.sqrt(ops.divide_no_nan(ops.maximum(error, 0), size))
-
-    def quadrature(self):
-        """A `SpectralMeasure` whose weak-field error is cheap for many eps."""
-        length = ops.norm(self.products)
-        mass = ops.divide_no_nan(ops.square(length), self.square)
-        start = ops.divide_no_nan(self.products, length)
-        nodes, weights = eigensolvers.lanczos_measure(
-            self.gram, start, ops.minimum(mass, self.lambda_max)
-        )
-        return SpectralMeasure(self.lambda_max, nodes, weights, self.unit)
+Measure: TypeAlias = SpectralMeasure | GramSpectrum
 
 
 class Rule(abc.ABC):
@@ -126,10 +36,10 @@ class Rule(abc.ABC):
         decay: of `spectrum.mean_lambda_max`, what is left of it after one more step, in (0, 1).
     """
 
-    decay = 0.99
+    decay: float = 0.99
 
     @abc.abstractmethod
-    def __call__(self, spectrum, iteration):
+    def __call__(self, spectrum: Measure, iteration: Any) -> Tensor:
         """The chosen eps in the unit unit**-2 of `spectrum`, a scalar tensor, below 1/lambda_max.
 
         Args:
@@ -137,16 +47,16 @@ class Rule(abc.ABC):
             iteration: number of steps taken, an integer tensor, for schedules.
         """
 
-    def was_cut(self, spectrum, epsilon):
+    def was_cut(self, spectrum: Measure, epsilon: Tensor) -> Tensor:
         """Whether eps < 1/M_x made the rule choose less than it was told to; a bool tensor."""
         return ops.zeros([], "bool")
 
     @abc.abstractmethod
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Rule:
         """The rule of `get_config`."""
         return cls(**config)
 
@@ -172,7 +82,7 @@ class Fraction(Rule):
         ValueError: c is not in (0, 1) and no schedule.
     """
 
-    def __init__(self, c=0.5):
+    def __init__(self, c: Any = 0.5):
         if isinstance(c, dict):
             c = keras.saving.deserialize_keras_object(c)
         if not isinstance(c, keras.optimizers.schedules.LearningRateSchedule):
@@ -212,7 +122,7 @@ class FractionOfMean(Fraction):
         ValueError: c or decay is not what is described here.
     """
 
-    def __init__(self, c=0.5, decay=0.99):
+    def __init__(self, c: Any = 0.5, decay: float = 0.99):
         super().__init__(c)
         self.decay = _number("decay", decay, 0, 1, "a float in (0, 1)")
 
@@ -238,7 +148,7 @@ class Fixed(Rule):
         ValueError: value is negative or not finite.
     """
 
-    def __init__(self, value):
+    def __init__(self, value: float):
         self.value = _number("value", value, 0, float("inf"), "a finite float >= 0", closed=True)
 
     def __call__(self, spectrum, iteration):
@@ -269,7 +179,7 @@ class WeakField(Rule):
         ValueError: tolerance is not in (0, 1).
     """
 
-    def __init__(self, tolerance=0.05):
+    def __init__(self, tolerance: float = 0.05):
         self.tolerance = _number("tolerance", tolerance, 0, 1, "a float in (0, 1)")
 
     def __call__(self, spectrum, iteration):
@@ -288,8 +198,8 @@ class WeakField(Rule):
         return {"tolerance": self.tolerance}
 
 
-def choose(rule, spectrum, iteration):
-    """Eps by a rule, in [0, 1/M_x) whatever it returns, and whether that took a cut.
+def choose(rule: Rule, spectrum: Measure, iteration: Any) -> tuple[Tensor, Tensor]:
+    """eps by a rule, in [0, 1/M_x) whatever it returns, and whether that took a cut.
 
     Args:
         rule: a `Rule`.
@@ -307,7 +217,7 @@ def choose(rule, spectrum, iteration):
     return epsilon, ops.logical_or(told != epsilon, rule.was_cut(spectrum, epsilon))
 
 
-def get(epsilon):
+def get(epsilon: Any) -> Rule:
     """The rule that `epsilon` stands for.
 
     Args:
@@ -334,14 +244,10 @@ def get(epsilon):
 
 def _below_bound(spectrum, where_zero=None):
     dtype = spectrum.lambda_max.dtype
-    where_zero = _largest_number(dtype) if where_zero is None else where_zero
+    where_zero = largest_number(dtype) if where_zero is None else where_zero
     just_under = ops.convert_to_tensor(_JUST_UNDER, dtype)
     below = ops.divide_no_nan(just_under, spectrum.lambda_max)
     return ops.where(spectrum.lambda_max > 0, below, where_zero)
-
-
-def _largest_number(dtype):
-    return float(np.finfo(keras.backend.standardize_dtype(dtype)).max)
 
 
 def _number(name, value, low, high, expected, closed=False):

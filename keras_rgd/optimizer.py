@@ -1,38 +1,24 @@
 """RGD: relativistic gradient descent, Eq. (10) of the paper, as a Keras optimizer."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
-import numbers
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
+from keras_rgd import optimizer_checks as checks
 from keras_rgd._keras import optimizers as keras_optimizers
-from keras_rgd._support import arguments
+from keras_rgd._support.vectors import Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
-from keras_rgd.direction import iterated_step_of, step_of
-from keras_rgd.step_values import Scalar, StepValues
-from keras_rgd.window import GradientWindow, WindowGradients, announcement
-
-_ORDINARY_MODEL = """\
-RGD needs the gradients of the batch's examples, and this model hands it only their mean. No \
-weight was changed. Either take D from the last mini-batch gradients, with this model as it is:
-    model.compile(keras_rgd.RGD(learning_rate, window=32), ...)
-or use a model that takes RGD steps by the gradients of its examples:
-    model = keras_rgd.RGDSequential([...])      # instead of keras.Sequential([...])
-    model = keras_rgd.RGDModel(inputs, outputs) # instead of keras.Model(inputs, outputs)
-    model = keras_rgd.to_rgd(model)             # an existing model, sharing its weights
-    class MyModel(keras_rgd.RGDMixin, keras.Model): ...
-then compile and fit as before. Where the model's class overrides `train_step`, the window leaves \
-it as it is; the other ways have a `train_step` of their own, and need its loss in `compute_loss`. \
-In a training loop of your own:
-    gradients = keras_rgd.per_example_gradients(model, x, y)
-    optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
-
-
-class NotADirectionError(ValueError):
-    """`RGD` without a window was handed a gradient where it needs a direction."""
+from keras_rgd.direction import direction_by_passes, direction_of
+from keras_rgd.optimizer_checks import NotADirectionError
+from keras_rgd.per_example.gradients import PerExampleGradients
+from keras_rgd.step_values import Iteration, Scalar, StepMeans, StepValues
+from keras_rgd.window import WindowGradients, make_window
 
 
 @keras.saving.register_keras_serializable(package="keras_rgd")
@@ -128,33 +114,11 @@ class RGD(keras_optimizers.DirectedOptimizer):
             name=name,
             **kwargs,
         )
-        if not isinstance(momentum, numbers.Real) or not 0 <= momentum <= 1:
-            raise ValueError(
-                f"`momentum` must be a float in [0, 1]. Received: momentum={momentum!r}"
-            )
-        if not isinstance(nesterov, bool):
-            raise ValueError(f"`nesterov` must be True or False. Received: nesterov={nesterov!r}")
-        arguments.check_way(per_example, chunk_size)
-        if microbatch_size is not None and not arguments.is_count(microbatch_size):
-            raise ValueError(
-                "`microbatch_size` must be a positive integer, or None for the whole batch. "
-                f"Received: microbatch_size={microbatch_size!r}"
-            )
+        checks.check_momentum(momentum, nesterov)
+        checks.check_per_example(per_example, chunk_size, microbatch_size)
         self._epsilon = epsilon_rules.get(epsilon)
-        window_dtype = arguments.checked_window_dtype(
-            window, window_dtype, batch_size, self._epsilon
-        )
-        if window is not None and (per_example, chunk_size, microbatch_size) != (
-            "auto",
-            None,
-            None,
-        ):
-            raise ValueError(
-                "`window` takes D from mini-batch gradients, and has no use for `per_example`, "
-                "`chunk_size` and `microbatch_size`, which are about the gradients of examples. "
-                f"Received: window={window!r}, per_example={per_example!r}, "
-                f"chunk_size={chunk_size!r}, microbatch_size={microbatch_size!r}"
-            )
+        window_dtype = checks.checked_window_dtype(window, window_dtype, batch_size, self._epsilon)
+        checks.check_one_source(window, per_example, chunk_size, microbatch_size)
         self.momentum = float(momentum)
         self.nesterov = nesterov
         self.per_example = per_example
@@ -167,7 +131,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         self._applies_direction = False
 
     @property
-    def epsilon(self):
+    def epsilon(self) -> epsilon_rules.Rule:
         """The rule for eps; fixed, as it is compiled into the step. For a change use a schedule."""
         return self._epsilon
 
@@ -185,29 +149,12 @@ class RGD(keras_optimizers.DirectedOptimizer):
                 self.add_variable_from_reference(variable, name="momentum")
                 for variable in variables
             ]
-        self.top_directions = []
+        self._iteration = None
         if self.microbatch_size is not None:
-            self.top_directions = [
-                self.add_variable_from_reference(variable, name="top_direction")
-                for variable in variables
-            ]
+            self._iteration = Iteration(self.add_variable_from_reference, variables)
         self._window = None
         if self.window is not None:
-            # First, as it may not fit.
-            large = announcement(variables, self.window, self.window_dtype)
-            if large is not None:
-                print(large, flush=True)
-            try:
-                self._window = GradientWindow(
-                    self.add_variable, variables, self.window, self.window_dtype
-                )
-            except Exception as error:  # each backend has a class of its own for want of memory
-                if large is None:
-                    raise
-                raise ValueError(
-                    f"The window does not fit in memory: {large} Expected a smaller `window`. "
-                    f"Received: window={self.window!r}"
-                ) from error
+            self._window = make_window(self.add_variable, variables, self.window, self.window_dtype)
         self._values = StepValues(self._add_shared, self._add_scalar)
         self.lambda_max = self._values.lambda_max
         self.mean_lambda_max = self._values.mean_lambda_max
@@ -227,7 +174,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         keras_optimizers.track(self, scalar)
         return scalar
 
-    def direction(self, gradients):
+    def direction(self, gradients: PerExampleGradients) -> Vector:
         """(I - eps D) v for one batch, Eq. (10), choosing and recording eps.
 
         For training loops of one's own, with `apply_direction`; `fit` calls both.
@@ -247,58 +194,33 @@ class RGD(keras_optimizers.DirectedOptimizer):
         Raises:
             ValueError: `gradients` are something else, or the optimizer is not built.
         """
-        if not hasattr(gradients, "combine"):
-            raise ValueError(
-                "`gradients` must be those of the batch's examples, as "
-                "keras_rgd.per_example_gradients(model, x, y) returns them; a list of gradients is "
-                "their mean, from which only RGD(window=W) takes steps, by optimizer.apply(...). "
-                f"Received: {type(gradients).__name__}"
-            )
-        if not self.built:
-            raise ValueError(
-                "The optimizer has no state yet. Call optimizer.build(model.trainable_variables) "
-                "before the first step."
-            )
-        if self.microbatch_size is None:
-            step, slots, top = step_of(gradients, self.lambda_max.value), [], []
+        checks.check_ready(self, gradients)
+        top = None
+        if self._iteration is None:
+            direction = direction_of(gradients, self.lambda_max.value)
         else:
-            slots = self._slots_of(gradients.weights)
-            start = [
-                ops.zeros(w.shape, gradients.dtype) if slot is None else slot.value
-                for slot, w in zip(slots, gradients.weights, strict=True)
-            ]
-            step, top = iterated_step_of(gradients, gradients.cast(start))
-        epsilon, cut = self._choose(step.spectrum)
-        finite = self._values.record(step, epsilon, cut, self.epsilon.decay)
-        for variable, value in zip(slots, top, strict=True):
-            if variable is not None:
-                value = ops.cast(value, variable.dtype)
-                variable.assign(ops.where(finite, value, variable.value))
-        return step.direction(epsilon)
-
-    def _slots_of(self, weights):
-        """The variable for each weight's part of the iteration; `None` for a weight it has not.
-
-        Fewer weights may be trained than the optimizer was built for; of one more Keras says so.
-        """
-        slots = zip(keras_optimizers.built_for(self), self.top_directions, strict=True)
-        of = {id(variable.value): slot for variable, slot in slots}
-        return [of.get(id(w)) for w in weights]
+            start = self._iteration.start(gradients.weights, gradients.dtype)
+            direction, top = direction_by_passes(gradients, start)
+        epsilon, cut = self._choose(direction.seen_by_rule)
+        finite = self._values.record(direction, epsilon, cut, self.epsilon.decay)
+        if top is not None:
+            self._iteration.store(gradients.weights, top, finite)
+        return direction.at(epsilon)
 
     def _choose(self, spectrum):
-        """Eps by the rule, which is told of the steps before, and whether it was cut."""
+        """eps by the rule, which is told of the steps before, and whether it was cut."""
         mean = self._values.mean_of(spectrum)
         spectrum = dataclasses.replace(spectrum, mean_lambda_max=mean)
         return epsilon_rules.choose(self.epsilon, spectrum, self.iterations)
 
-    def step_means(self):
+    def step_means(self) -> StepMeans:
         """Means over the steps since `reset_step_means()`, a `keras_rgd.step_values.StepMeans`.
 
         `DiffusionMonitor` resets them as an epoch begins and records them at its end.
         """
         return self._values.means()
 
-    def reset_step_means(self):
+    def reset_step_means(self) -> None:
         """Begin anew with `step_means()`."""
         self._values.reset_means()
 
@@ -311,7 +233,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         finally:
             self._applies_direction = False
 
-    def apply_direction(self, direction, trainable_variables):
+    def apply_direction(self, direction: Vector, trainable_variables: list[Any]) -> None:
         """Take a step along `direction`, as `apply` does along a gradient.
 
         Args:
@@ -329,7 +251,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
                 direction, as the `train_step` of an ordinary `keras.Model`.
         """
         if self.window is None and not self._applies_direction:
-            raise NotADirectionError(_ORDINARY_MODEL)
+            raise NotADirectionError
         super().apply(grads, trainable_variables)
 
     def _directs(self):
@@ -340,36 +262,28 @@ class RGD(keras_optimizers.DirectedOptimizer):
         v = [None] * len(self._window.variables)
         for place, gradient in zip(places, gradients, strict=True):
             v[place] = gradient
-        step = self._window.step(v, self.batch_size or 1)
-        epsilon, cut = self._choose(step.spectrum)
-        direction = step.direction(epsilon)
-        step.store()
-        self._values.record(step, epsilon, cut, self.epsilon.decay)
+        direction = self._window.direction_of(v, self.batch_size or 1)
+        epsilon, cut = self._choose(direction.seen_by_rule)
+        along = direction.at(epsilon)
+        direction.store()
+        self._values.record(direction, epsilon, cut, self.epsilon.decay)
         pairs = zip(places, gradients, strict=True)
-        return [ops.cast(direction[place], gradient.dtype) for place, gradient in pairs]
+        return [ops.cast(along[place], gradient.dtype) for place, gradient in pairs]
 
     @property
-    def stored_gradients(self):
+    def stored_gradients(self) -> int:
         """How many gradients are in the window, an int; 0 without one."""
         if self.window is None or not self.built:
             return 0
         return min(self._window.count(), self.window)
 
-    def diffusion_matrix(self):
+    def diffusion_matrix(self) -> DiffusionMatrix:
         """D of the window as a `DiffusionMatrix`, on the gradients that are stored now.
 
         Raises:
             ValueError: the optimizer has no window, or one with fewer than two gradients.
         """
-        if self.window is None:
-            raise ValueError(
-                "This RGD has no window. Expected RGD(window=W); for the D of a model's examples "
-                "use keras_rgd.diffusion_matrix(model, x, y)."
-            )
-        if self.stored_gradients < 2:
-            raise ValueError(
-                f"D needs two stored gradients, so two steps. Received: {self.stored_gradients}"
-            )
+        checks.check_window_is_filled(self)
         return DiffusionMatrix(WindowGradients(self._window, self.batch_size or 1))
 
     def update_step(self, gradient, variable, learning_rate):
@@ -404,7 +318,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         return config
 
 
-def inner_rgd(optimizer):
+def inner_rgd(optimizer: Any) -> RGD | None:
     """The `RGD` that `optimizer` is or wraps (mixed precision wraps it), or `None`."""
     inner = keras_optimizers.unwrapped(optimizer)
     return inner if isinstance(inner, RGD) else None

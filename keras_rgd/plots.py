@@ -1,15 +1,20 @@
 """Figures of the spectrum of D, by matplotlib."""
 
+from __future__ import annotations
+
 import io
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
 
-from keras_rgd.dataset_spectrum import Spectrum
-from keras_rgd.diffusion_matrix import FLOAT32_EPSILON
+from keras_rgd.diffusion_matrix import rank_cut
+from keras_rgd.records import DiffusionRecord, Spectrum
 
 
-def plot_spectrum(records, ax=None):
+def plot_spectrum(
+    records: DiffusionRecord | Spectrum | list[DiffusionRecord | Spectrum], ax: Any = None
+) -> Any:
     """Eigenvalues against their index on log-log axes, with the rank cut and 1/eps of the last.
 
     Args:
@@ -61,7 +66,8 @@ def _label(record, records):
 def _floor(record):
     """Eigenvalues below are rounding."""
     if isinstance(record, Spectrum):
-        return record.lambda_max * min(record.n_examples, record.n_weights) * FLOAT32_EPSILON
+        n, d = record.n_examples, record.n_weights
+        return rank_cut(record.lambda_max, n, d, "gram_of_dataset")
     return record.rank_gram_cut
 
 
@@ -79,7 +85,7 @@ def _rank(record):
     return f"{record.rank_gram}", record.rank_gram_cut, r"N\,\epsilon"
 
 
-def picture(record):
+def picture(record: DiffusionRecord) -> bytes:
     """The spectrum of a record as a PNG file, bytes."""
     buffer = io.BytesIO()
     plot_spectrum(record).figure.savefig(buffer, format="png", dpi=110)

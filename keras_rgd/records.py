@@ -1,15 +1,19 @@
-"""What one measurement of D says: a frozen record, saved and loaded as JSON."""
+"""What a measurement of D says, as frozen records that are saved and loaded as JSON.
+
+`DiffusionRecord` is D on one batch at one moment of training, `Spectrum` D over a data set.
+"""
 
 import dataclasses
 import json
 import math
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 # The first entry of a file names what it is and its version.
-_KEY, _VERSION = "keras_rgd_records", 1
+_RECORDS, _SPECTRUM, _VERSION = "keras_rgd_records", "keras_rgd_spectrum", 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +73,67 @@ class DiffusionRecord:
         self.eigenvalues.flags.writeable = False
 
 
-def save_records(records, path):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """D of a model over a data set of N examples.
+
+    "Squared gradient" is the unit of eigenvalues: the loss's unit over the weights', squared.
+    """
+
+    eigenvalues: np.ndarray  # (k,), float64, descending, squared gradient
+    residuals: np.ndarray  # (k,), |D u - lambda u| of each, squared gradient; 0 of a dense solver
+    lambda_max: float  # squared gradient
+    trace: float  # tr D, exact also where only the leading eigenvalues are known
+    rank: int  # eigenvalues above rank_cut
+    rank_is_lower_bound: bool  # of the leading eigenvalues all are above it; there may be more
+    rank_cut: float  # by rank_rule, squared gradient
+    rank_rule: (
+        str  # "reference", lambda_max d eps32 (arXiv 1710.11029); else "gram", min(N, d) for d
+    )
+    rank_bound: int  # min(N - 1, d), Eq. (3) of the paper
+    eigenvalue_mean: float  # over all d, tr D / d
+    eigenvalue_std: float  # over all d; NaN where not all eigenvalues are known
+    clipped_mean: float  # over all d, from below at rank_cut; NaN where the rank is a lower bound
+    clipped_std: float  # likewise
+    gradient_norm: float  # |v|, v the gradient of the loss over the data set
+    noise_scale: float  # tr S / |G|^2, unbiased (arXiv 1812.06162), in examples; NaN if |G|^2 <= 0
+    n_examples: int  # N
+    n_weights: int  # d
+    mode: str  # "evaluation" or "training"
+    method: str  # "gram", "covariance" or "iterative"
+    per_example: str  # how the gradients were had
+    seconds: float
+
+    def __post_init__(self):
+        self.eigenvalues.flags.writeable = False
+        self.residuals.flags.writeable = False
+
+    @property
+    def rank_percent(self) -> float:
+        """The rank in percent of d, as the literature gives it."""
+        return 100 * self.rank / self.n_weights
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it to a JSON file, whole or not at all.
+
+        Raises:
+            FileNotFoundError: the file's folder does not exist.
+        """
+        fields = {k: plain(v) for k, v in vars(self).items()}
+        save_json({_SPECTRUM: _VERSION, "spectrum": fields}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Spectrum":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds no spectrum, or one of another version of this package.
+        """
+        content = load_json(path, _SPECTRUM, _VERSION, writer="Spectrum.save")
+        return revived(cls, content.get("spectrum", {}), path)
+
+
+def save_records(records: list[DiffusionRecord], path: str | os.PathLike) -> None:
     """Write records to one JSON file, whole or not at all.
 
     Args:
@@ -80,10 +144,10 @@ def save_records(records, path):
         FileNotFoundError: it does not.
     """
     rows = [{k: plain(v) for k, v in vars(record).items()} for record in records]
-    save_json({_KEY: _VERSION, "records": rows}, path)
+    save_json({_RECORDS: _VERSION, "records": rows}, path)
 
 
-def load_records(path):
+def load_records(path: str | os.PathLike) -> list[DiffusionRecord]:
     """Read what `save_records` wrote.
 
     Args:
@@ -95,11 +159,11 @@ def load_records(path):
     Raises:
         ValueError: the file holds no records, or records of another version of this package.
     """
-    content = load_json(path, _KEY, _VERSION, writer="save_records")
+    content = load_json(path, _RECORDS, _VERSION, writer="save_records")
     return [revived(DiffusionRecord, row, path) for row in content.get("records", [None])]
 
 
-def save_json(content, path):
+def save_json(content: Any, path: str | os.PathLike) -> None:
     """Write what JSON can hold to a file, whole or not at all.
 
     Raises:
@@ -114,7 +178,7 @@ def save_json(content, path):
     os.replace(partial, path)
 
 
-def load_json(path, key, version, writer):
+def load_json(path: str | os.PathLike, key: str, version: int, writer: str) -> Any:
     """What `save_json` wrote for `writer`, with the entry `key` equal to `version`.
 
     Raises:
@@ -133,7 +197,7 @@ def load_json(path, key, version, writer):
     return content
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """A field of a record as JSON holds it."""
     if isinstance(value, np.ndarray):
         return [plain(v) for v in value.tolist()]
@@ -141,12 +205,13 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def revived(cls, row, path):
+def revived(cls: type, row: Any, path: str | os.PathLike) -> Any:
     """A record of a dataclass from its fields as `plain` made them.
 
     Raises:
         ValueError: they are not its fields.
     """
+    # The types themselves, and no strings: this file has no `from __future__ import annotations`.
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     try:
         values = {k: math.nan if v is None and kinds[k] is float else v for k, v in row.items()}

@@ -1,37 +1,26 @@
-"""Three routes to the spectrum of D over a data set that is streamed in batches.
+"""Three methods for the spectrum of D over a data set that is streamed in batches, and their costs.
 
-Of G, N x d, never more than some rows are in memory. The mean gradient is known from a first pass
-and taken off each row before any product, which keeps the digits that centring products would
-lose.
+Each has a function that says what it would hold beside the data, in bytes, of which the plan in
+`dataset_spectrum.py` chooses.
 """
 
-import contextlib
+from __future__ import annotations
+
 import dataclasses
-import functools
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
-import tensorflow as tf
 
-from keras_rgd import per_example as ways
-from keras_rgd._support import rounding, vectors
-from keras_rgd._support.progress import progress_bar
-from keras_rgd.diffusion_matrix import NOT_FINITE, NotFiniteError
-from keras_rgd.per_example.measuring import as_batch
+from keras_rgd._support import centring, rounding
+from keras_rgd.dataset_passes import Passes, rows_of_trace
 
 # Rows that enter the d x d matrix together: enough for a matrix product to pay.
-ROWS = 2048
+_ROWS = 2048
 
 # Columns of it that are updated together. BLAS's own product for this, syrk, ends in a segmentation
 # fault with OpenBLAS 0.3.30 from some d of 24,000 on.
-COLUMNS = 2048
-
-# Rows of the trace's pass that may be in memory, in bytes.
-ROW_BYTES = 2**28
-
-# More draws of random numbers than a batch has.
-_DRAWS = 2**16
+_COLUMNS = 2048
 
 # ARPACK's residuals relative to each eigenvalue.
 _TOLERANCE = 1e-4
@@ -39,138 +28,29 @@ _TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Eigenvalues:
-    """What a route finds of the spectrum."""
+    """What a method finds of the spectrum."""
 
     eigenvalues: np.ndarray  # (k,), descending, float64, squared gradient
     residuals: np.ndarray  # (k,), |D v - lambda v| of the vectors found; 0 of a dense solver
     trace: float  # squared gradient
 
 
-class Passes:
-    """Per-example gradients of a data set, one batch after another, as often as wanted.
-
-    Args:
-        model: the model.
-        batches: a `Batches`.
-        way: the `Way` for its batches.
-        training: whether layers behave as in training, so that batches must be the same in all
-            passes.
-        verbose: whether to show progress.
-
-    Attributes:
-        n: N.
-        d: the number of trainable scalars.
-        weights: the model's, a list of `tf.Variable`.
-        dtype: of the gradients, a numpy dtype; known after `means`, as `way`, their name.
-    """
-
-    def __init__(self, model, batches, way, training, verbose):
-        self._model, self._batches, self._way = model, batches, way
-        self._training = training
-        self._verbose, self._advance = verbose, None
-        self.n = batches.count
-        self.weights = [w.value for w in model.trainable_variables]
-        self.d = vectors.size(self.weights)
-
-    def gradients(self, what, start=0, batch_size=None):
-        """`PerExampleGradients` of one batch after another, from example `start` on."""
-        seeds = [generator.state for generator in ways.seed_generators(self._model)]
-        before = [seed.numpy() for seed in seeds]
-        draws = np.array([0, _DRAWS], np.uint32)
-        first = start // self._batches.batch_size
-        try:
-            with self.progress(what, self._batches.steps(start, batch_size)) as advance:
-                for i, batch in enumerate(self._batches.after(start, batch_size), first):
-                    # Each batch draws random numbers of its own, in each pass the same.
-                    for seed, value in zip(seeds, before, strict=True):
-                        seed.assign(value + np.uint32(i) * draws)
-                    yield self._way(as_batch(self._model, *batch))
-                    advance()
-        finally:
-            for seed, value in zip(seeds, before, strict=True):
-                seed.assign(value)
-
-    @contextlib.contextmanager
-    def progress(self, what, steps, more=0):
-        """One bar for what is inside, also where that makes passes of its own."""
-        if self._advance is not None:
-            yield self._advance
-            return
-        with progress_bar(what, steps, self._verbose, more) as self._advance:
-            try:
-                yield self._advance
-            finally:
-                self._advance = None
-
-    def steps(self):
-        """How many batches a pass has."""
-        return self._batches.steps()
-
-    @functools.cached_property
-    def means(self):
-        """(v, gbar): the gradient of the loss and its part by the examples, (d,), float64."""
-        v, mean = np.zeros(self.d), np.zeros(self.d)
-        for gradients in self.gradients("gradient"):
-            self.dtype, self.way = gradients.dtype.as_numpy_dtype, gradients.way
-            share = gradients.n_examples / self.n
-            v += share * vectors.flatten(gradients.gradient)
-            mean += share * vectors.flatten(gradients.mean())
-        if not np.all(np.isfinite(mean)):
-            raise NotFiniteError(NOT_FINITE)
-        return v, mean
-
-    def centred_rows(self, what, start=0):
-        """The g_i - gbar of one batch after another, each (n, d)."""
-        _, mean = self.means
-        mean = mean.astype(self.dtype)
-        for gradients in self.gradients(what, start):
-            rows = [np.reshape(r, (gradients.n_examples, -1)) for r in gradients.rows()]
-            del gradients
-            rows = np.concatenate(rows, axis=1)
-            rows -= mean
-            yield rows
-            del rows  # before the next are made
-
-    def products(self, what, x):
-        """D x, shape (d, m), for x of shape (d, m), in one pass; float64."""
-        _, mean = self.means
-        shift = (mean @ x).astype(self.dtype)
-        v = [
-            tf.constant(np.reshape(part.T, (x.shape[1], *w.shape)), self.dtype)
-            for part, w in zip(np.split(x, self._ends), self.weights, strict=True)
-        ]
-        total, left = np.zeros((x.shape[1], self.d)), np.zeros(x.shape[1])
-        for gradients in self.gradients(what):
-            factors, images = gradients.images(v, shift)
-            left += np.sum(factors, axis=1, dtype=np.float64)
-            total += np.concatenate([np.reshape(t, (x.shape[1], -1)) for t in images], axis=1)
-        # What the shift left of the mean by rounding.
-        total -= np.outer(left, mean)
-        return total.T / self.n
-
-    def trace(self):
-        """Tr D, from the squares of g_i - gbar, in batches small enough for their rows."""
-        _, mean = self.means
-        center = vectors.unflatten(mean, self.weights, self.dtype)
-        few = max(ROW_BYTES // (np.dtype(self.dtype).itemsize * self.d), 1)
-        size = None if self._training else min(few, self._batches.batch_size)
-        squares = 0.0
-        for gradients in self.gradients("trace", batch_size=size):
-            squares += float(np.sum(gradients.squares(center), dtype=np.float64))
-        return squares / self.n
-
-    @property
-    def _ends(self):
-        return np.cumsum([w.shape.num_elements() for w in self.weights])[:-1]
+def _batch_bytes(d, batch_size, entry):
+    # A batch's gradients by weight, as one array, and in the backend's hands.
+    return 3 * batch_size * d * entry
 
 
-def gram(passes, block):
+def gram_bytes(n: int, d: int, batch_size: int, entry: int, block: int = 0) -> int:
+    """What `gram` holds for N examples with entries of `entry` bytes, and a block of their rows."""
+    return 2 * 8 * n * n + _batch_bytes(d, batch_size, entry) + entry * d * block
+
+
+def gram(passes: Passes, block: int) -> Eigenvalues:
     """All min(N, d) eigenvalues from K = (1/N) H G G^T H, N x N.
 
     The rows of `block` examples are in memory while those after them stream by.
     """
     n = passes.n
-    passes.means  # noqa: B018  # known before there are rows
     k = np.empty((n, n))
     for start in range(0, n, block):
         end = min(start + block, n)
@@ -188,23 +68,26 @@ def gram(passes, block):
             at = stop
             del rows, products
     # (1, ..., 1) is an exact null vector then, so rank <= N - 1.
-    k -= k.mean(0, keepdims=True)
-    k -= k.mean(1, keepdims=True)
+    centring.center_in_place(k)
     k /= n
     return _all_eigenvalues(passes, k, np.trace(k))
 
 
-def covariance(passes):
+def covariance_bytes(d: int, batch_size: int, entry: int) -> int:
+    """What `covariance` holds, as in `gram_bytes`."""
+    return entry * d * (d + _ROWS) + _batch_bytes(d, batch_size, entry)
+
+
+def covariance(passes: Passes) -> Eigenvalues:
     """All min(N, d) eigenvalues from D itself, d x d."""
-    passes.means  # noqa: B018  # known before there are rows
     d = passes.d
     D = np.zeros((d, d), passes.dtype, order="F")
-    buffer, filled, trace = np.empty((min(ROWS, passes.n), d), D.dtype), 0, 0.0
+    buffer, filled, trace = np.empty((min(_ROWS, passes.n), d), D.dtype), 0, 0.0
 
     def add(rows):
         # The lower triangle, for LAPACK, of which D.T holds the columns as rows.
-        for start in range(0, d, COLUMNS):
-            block = slice(start, start + COLUMNS)
+        for start in range(0, d, _COLUMNS):
+            block = slice(start, start + _COLUMNS)
             D.T[block, start:] += (rows[:, block].T / passes.n) @ rows[:, start:]
 
     for rows in passes.centred_rows(f"D, {d:,} x {d:,}"):
@@ -223,6 +106,9 @@ def covariance(passes):
 
 
 def _all_eigenvalues(passes, matrix, trace):
+    if not _differ(passes, trace):
+        zeros = np.zeros(min(passes.n, passes.d))
+        return Eigenvalues(zeros, zeros.copy(), float(trace))
     options = dict(lower=True, overwrite_a=True, check_finite=False)
     with passes.progress(f"eigenvalues of a matrix {len(matrix):,} x {len(matrix):,}", None):
         eigenvalues = scipy.linalg.eigvalsh(matrix, **options)
@@ -230,16 +116,20 @@ def _all_eigenvalues(passes, matrix, trace):
     return Eigenvalues(descending, np.zeros(len(descending)), float(trace))
 
 
-def iterative(passes, k, seed):
+def iterative_bytes(d: int, batch_size: int, entry: int, k: int) -> int:
+    """What `iterative` holds for k eigenvalues, as in `gram_bytes`."""
+    trace_rows = entry * d * rows_of_trace(entry, d, batch_size)
+    return 8 * d * (_krylov_size(k, d) + 3 * k) + 3 * trace_rows
+
+
+def iterative(passes: Passes, k: int, seed: int) -> Eigenvalues:
     """The k largest eigenvalues by ARPACK's Lanczos iteration, each product with D one pass.
 
     Raises:
         RuntimeError: ARPACK does not converge.
     """
-    _, mean = passes.means
     trace = passes.trace()
-    # Of equal gradients rounding alone is left.
-    if np.sqrt(trace) <= rounding.noise(np.linalg.norm(mean), passes.dtype):
+    if not _differ(passes, trace):
         return Eigenvalues(np.zeros(k), np.zeros(k), trace)
 
     def matvec(x):
@@ -248,7 +138,7 @@ def iterative(passes, k, seed):
 
     operator = scipy.sparse.linalg.LinearOperator((passes.d, passes.d), matvec, dtype=np.float64)
     start = np.random.default_rng(seed).standard_normal(passes.d)
-    size = krylov_size(k, passes.d)
+    size = _krylov_size(k, passes.d)
     # A restart keeps k vectors and makes the others anew; how many there will be nobody knows.
     restart = (size - k) * passes.steps()
     what = f"{k} leading eigenvalues of D"
@@ -263,12 +153,17 @@ def iterative(passes, k, seed):
                 "fewer (k), or write method='gram' or 'covariance'."
             ) from error
     eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
-    images = passes.products("residuals", eigenvectors)
-    images -= eigenvalues * eigenvectors
-    residuals = np.linalg.norm(images, axis=0)
+    products = passes.products("residuals", eigenvectors)
+    products -= eigenvalues * eigenvectors
+    residuals = np.linalg.norm(products, axis=0)
     return Eigenvalues(np.maximum(eigenvalues, 0), residuals, trace)
 
 
-def krylov_size(k, d):
-    """How many vectors of length d `iterative` keeps for k eigenvalues."""
+def _differ(passes, trace):
+    """Whether the gradients differ by more than rounding, which alone is left of equal ones."""
+    return rounding.differ(np.sqrt(trace), np.linalg.norm(passes.mean), passes.dtype)
+
+
+def _krylov_size(k, d):
+    """How many vectors of length d ARPACK keeps for k eigenvalues."""
     return min(max(2 * k + 1, 20), d)

@@ -1,11 +1,17 @@
 """What RGD keeps of its steps, in variables: the last one's numbers, and sums over an epoch's."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_rgd._support.vectors import Tensor, Vector
 
 
 class Scalar(keras.Variable):
@@ -36,7 +42,7 @@ class StepValues:
         add_scalar: a function of dtype and name that makes a `Scalar`.
     """
 
-    def __init__(self, add_variable, add_scalar):
+    def __init__(self, add_variable: Callable[..., Any], add_scalar: Callable[..., Any]):
         self.lambda_max = add_scalar(None, "lambda_max")
         self.mean_lambda_max = add_scalar(None, "mean_lambda_max")
         self.chosen_epsilon = add_scalar(None, "chosen_epsilon")
@@ -47,24 +53,25 @@ class StepValues:
         self._sums = add_variable((2, 2), None, "step_sums")
         self._steps = add_variable((2,), "int", "step_counts")
 
-    def mean_of(self, spectrum):
-        """`mean_lambda_max` in the unit of a spectrum."""
+    def mean_of(self, spectrum: Any) -> Tensor:
+        """`mean_lambda_max` in the unit of a `SpectralMeasure`."""
         unit = ops.cast(spectrum.unit, spectrum.lambda_max.dtype)
         return ops.cast(self.mean_lambda_max.value, unit.dtype) / unit / unit
 
-    def record(self, step, epsilon, cut, decay):
+    def record(self, direction: Any, epsilon: Tensor, cut: Tensor, decay: float) -> Tensor:
         """Record a step.
 
         Args:
-            step: it, with its `spectrum` and perhaps `lost_digits`, a bool tensor.
-            epsilon: its eps in the unit of the spectrum.
+            direction: what it went along, with `seen_by_rule` and `lost_digits`; see
+                `keras_rgd.direction`.
+            epsilon: its eps in the unit of `seen_by_rule`.
             cut: whether the rule was cut, a bool tensor.
             decay: the rule's.
 
         Returns:
             Whether the numbers are finite, a bool tensor; where not, nothing changes.
         """
-        spectrum, unit = step.spectrum, step.spectrum.unit
+        spectrum, unit = direction.seen_by_rule, direction.seen_by_rule.unit
         error = spectrum.weak_field_error(epsilon)
         values = [
             (self.lambda_max, spectrum.lambda_max * unit * unit),
@@ -77,10 +84,9 @@ class StepValues:
         mean = ops.where(mean > 0, decay * mean + (1 - decay) * new, new)
         for variable, value in [*values, (self.mean_lambda_max, mean)]:
             variable.assign(ops.where(finite, _as(value, variable), variable.value))
-        lost_digits = getattr(step, "lost_digits", None)
-        for counter, event in ((self.epsilon_cuts, cut), (self.rounded_steps, lost_digits)):
-            if event is not None:
-                counter.assign_add(_as(ops.logical_and(finite, event), counter))
+        events = ((self.epsilon_cuts, cut), (self.rounded_steps, direction.lost_digits))
+        for counter, event in events:
+            counter.assign_add(_as(ops.logical_and(finite, event), counter))
         self._add(ops.log(epsilon) - 2 * ops.log(_as(unit, epsilon)), error, finite)
         return finite
 
@@ -94,12 +100,12 @@ class StepValues:
         none = ops.logical_and(finite, ops.logical_not(some))
         self._steps.assign_add(_as(ops.stack([finite, none]), self._steps))
 
-    def reset_means(self):
+    def reset_means(self) -> None:
         """Begin anew with `means`; outside a graph."""
         for variable in (self._sums, self._steps):
             variable.assign(ops.zeros(variable.shape, variable.dtype))
 
-    def means(self):
+    def means(self) -> StepMeans:
         """The `StepMeans`; outside a graph."""
         log_epsilon, error = ops.convert_to_numpy(self._sums)[0].astype("float64")
         steps, without = map(int, ops.convert_to_numpy(self._steps))
@@ -114,3 +120,36 @@ class StepValues:
 
 def _as(value, like):
     return ops.cast(value, like.dtype)
+
+
+class Iteration:
+    """Where a step's iteration for M_x ended, which is where the next one begins.
+
+    Args:
+        add_variable: a function of a weight and a name that makes a variable like it.
+        weights: those that the optimizer is built for.
+    """
+
+    def __init__(self, add_variable: Callable[..., Any], weights: Sequence[Any]):
+        self._weights = list(weights)
+        self.variables = [add_variable(w, name="top_direction") for w in self._weights]
+
+    def start(self, weights: Sequence[Any], dtype: Any) -> Vector:
+        """Tensors of a dtype for the weights of a step; 0 at first, and for a weight unknown."""
+        return [
+            ops.zeros(w.shape, dtype) if slot is None else ops.cast(slot.value, dtype)
+            for slot, w in zip(self._slots(weights), weights, strict=True)
+        ]
+
+    def store(self, weights: Sequence[Any], top: Vector, finite: Tensor) -> None:
+        """Store tensors for the weights of a step, if `finite`."""
+        for variable, value in zip(self._slots(weights), top, strict=True):
+            if variable is not None:
+                value = ops.cast(value, variable.dtype)
+                variable.assign(ops.where(finite, value, variable.value))
+
+    def _slots(self, weights):
+        # Fewer weights may be trained than the optimizer was built for; of one more Keras says so.
+        pairs = zip(self._weights, self.variables, strict=True)
+        of = {id(variable.value): slot for variable, slot in pairs}
+        return [of.get(id(w)) for w in weights]

@@ -10,11 +10,17 @@ with the current gradient in, was as good as any other way of treating the drift
 (docs/window.md).
 """
 
-import keras
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from keras import ops
 
-from keras_rgd._support import eigensolvers, rounding, vectors
+from keras_rgd._support import centring, eigensolvers, rounding, vectors
+from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.epsilon import GramSpectrum
+from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows, working_dtype
 
 # In bytes; a window above it is announced before training.
 _LARGE = 2**30
@@ -39,7 +45,13 @@ class GradientWindow:
         dtype: of the stored gradients, or `None` for `working_dtype(variables)`.
     """
 
-    def __init__(self, add_variable, variables, size, dtype=None):
+    def __init__(
+        self,
+        add_variable: Callable[..., Any],
+        variables: Sequence[Any],
+        size: int,
+        dtype: str | None = None,
+    ):
         self.size = size
         self.variables = list(variables)
         self.dtype = working_dtype(variables)
@@ -63,14 +75,14 @@ class GradientWindow:
         """How many gradients were stored so far, an int; outside a graph."""
         return int(ops.convert_to_numpy(self.stored.value))
 
-    def step(self, gradients, batch_size):
-        """The `WindowStep` along a new gradient, which is not stored yet.
+    def direction_of(self, gradients: Sequence[Tensor | None], batch_size: int) -> WindowDirection:
+        """The `WindowDirection` along a new gradient, which is not stored yet.
 
         Args:
             gradients: v, a list of tensors shaped as the weights; `None` stands for 0.
             batch_size: |B|.
         """
-        return WindowStep(self, self.flat(gradients), batch_size)
+        return WindowDirection(self, self.flat(gradients), batch_size)
 
     def flat(self, v):
         """A list of tensors shaped as the weights, or `None` for 0, as one of group vectors."""
@@ -136,18 +148,22 @@ def _place(rows, t, dtype):
     return [ops.cast(ops.take(row, t, axis=0), dtype) for row in rows]
 
 
-class WindowStep:
-    """One step along v: the spectrum of the window's D with v in it, and (I - eps D) v.
+class WindowDirection:
+    """(I - eps D) v with the window's D, v in it, along the new gradient v.
+
+    It has the Gram matrix H G G^T H of its own, from the gradients' squared distances, as the
+    window keeps those from step to step where `DiffusionMatrix` would form all products anew.
+    tests/test_one_mathematics.py holds it equal to that of `WindowGradients`.
 
     Every use of the stored gradients comes before `store`, and what is stored depends on the
     direction: so XLA overwrites the oldest gradient in place, where it would copy the window.
 
     Attributes:
-        spectrum: for a rule of `keras_rgd.epsilon`.
-        lost_digits: as of `keras_rgd.direction.GramStep`.
+        seen_by_rule: D along v, for a rule of `keras_rgd.epsilon`.
+        lost_digits: as of `keras_rgd.direction.GramDirection`.
     """
 
-    def __init__(self, window, v, batch_size):
+    def __init__(self, window: GradientWindow, v: list[Tensor], batch_size: int):
         self._window, self._v, self._rows = window, v, window.read()
         dtype, W = window.dtype, window.size
         self._slot, last = window.stored % W, (window.stored + W - 1) % W
@@ -177,28 +193,29 @@ class WindowStep:
         squares = self._distances * valid[:, None] * valid
         largest = ops.max(squares)
         unit = ops.sqrt(ops.where(largest > 0, largest, ops.ones_like(largest)))
-        k = _gram_of_distances(squares / unit / unit, valid, n) * scale
-        self._square, length = square, ops.sqrt(square) / unit
-        noise = rounding.machine_epsilon(dtype)
-        differ = ops.sqrt(largest) > rounding.noise(ops.sqrt(square), dtype)
+        # The products of points less their mean, from their squared distances E: -H E H / 2, as in
+        # classical multidimensional scaling (Torgerson 1952).
+        k = centring.centred_gram(squares / unit / unit, valid) * (-scale / 2)
+        self._square, square_in_unit = square, ops.square(ops.sqrt(square) / unit)
+        differ = rounding.is_real(largest, square, dtype, centred=True)
         several = ops.logical_and(window.stored > 0, square > 0)
         self.lost_digits = ops.logical_and(several, ops.logical_not(differ))
         real = ops.cast(differ, dtype)
+        error = rounding.error(ops.ones_like(square), square_in_unit, dtype, centred=True)
         centred = self._products / unit / unit * valid * real
-        # Twice: what the first mean's rounding leaves would be multiplied by the mean gradient.
-        for _ in range(2):
-            centred = (centred - ops.sum(centred) / n) * valid
+        # Twice, as the weights are spent on gradients that are not centred.
+        centred = centring.centred(centring.centred(centred, valid), valid)
         self._weights = scale * centred
-        self.spectrum = GramSpectrum(
-            lambda_max=real * (eigensolvers.trace_power_bound(k) + scale * n * noise * length),
+        self.seen_by_rule = GramSpectrum(
+            lambda_max=real * (eigensolvers.trace_power_bound(k) + scale * n * error),
             gram=real * k,
             products=ops.sqrt(scale) * centred,
-            square=ops.square(length),
+            square=square_in_unit,
             unit=unit,
         )
 
-    def direction(self, epsilon):
-        """(I - eps D) v, Eq. (10), for eps in the unit of the spectrum."""
+    def at(self, epsilon: Tensor) -> Vector:
+        """(I - eps D) v, Eq. (10), for eps in the unit of `seen_by_rule`."""
         w = epsilon * self._weights
         own = ops.sum(w * self._here)
         others = _combine(w * (1 - self._here), self._rows)
@@ -209,7 +226,7 @@ class WindowStep:
     def store(self):
         """Put v in the place of the oldest gradient; where the step is not finite, zeros.
 
-        The next gradient takes that place then. After `direction`.
+        The next gradient takes that place then. After `at`.
         """
         window = self._window
         finite = ops.isfinite(self._probe + self._square)
@@ -224,7 +241,7 @@ class WindowStep:
             variable.assign(ops.where(finite, value, variable.value))
 
 
-class WindowGradients:
+class WindowGradients(PerExampleGradients):
     """A window's gradients as `keras_rgd.DiffusionMatrix` takes those of examples.
 
     Scaled so that their D, (1/n) G^T H G, is the window's. It looks at the optimizer's variables:
@@ -238,11 +255,10 @@ class WindowGradients:
     way = "window"
     gram_is_cheap = True
 
-    def __init__(self, window, batch_size):
+    def __init__(self, window: GradientWindow, batch_size: int):
         self._window = window
         self.n_examples = min(window.count(), window.size)
         self.weights = window.variables
-        self.dtype = window.dtype
         self._scale = (batch_size * self.n_examples / (self.n_examples - 1)) ** 0.5
 
     @property
@@ -251,46 +267,55 @@ class WindowGradients:
         last = (self._window.count() - 1) % self._window.size
         return self._window.shaped(_place(self._window.read(), last, self.dtype))
 
-    def cast(self, tensors):
-        """A list of tensors as one of `dtype`."""
-        return [ops.cast(ops.convert_to_tensor(t), self.dtype) for t in tensors]
-
-    def dot(self, v):
-        """<g_t, v>, shape (n,), for v a list of tensors shaped as the weights."""
+    def _dot(self, v):
         k = _dot(self._window.read(), self._window.flat(v))
         return self._scale * k[: self.n_examples]
 
-    def combine(self, w):
-        """sum_t w_t g_t, a list of tensors shaped as the weights, for w of shape (n,)."""
+    def _combine(self, w):
         return [x[0] for x in self.combine_many(w[None])]
 
     def combine_many(self, w):
-        """Rows of `combine`: for w of shape (m, n) a list of tensors (m, *weight shape)."""
         w = self._scale * ops.pad(w, [[0, 0], [0, self._window.size - self.n_examples]])
         return self._window.shaped(_combine(w, self._window.read()), [w.shape[0]])
 
-    def mean(self):
-        """The mean of the g_t, a list of tensors shaped as the weights."""
-        return self.combine(ops.full([self.n_examples], 1 / self.n_examples, self.dtype))
-
-    def unit(self, mean):
-        """A positive scalar of the order of the gradients: their squares in it stay in range."""
-        signs = 1.0 - 2.0 * ops.cast(ops.arange(self.n_examples) % 2, self.dtype)
-        other = self.combine(signs / self.n_examples)
-        size = ops.maximum(vectors.norm(mean), vectors.norm(other))
-        return ops.where(size > 0, size, ops.ones_like(size))
-
     def gram(self, center=None, unit=1.0):
-        """<(g_t - c) / unit, (g_s - c) / unit>, shape (n, n); c = 0 where `center` is `None`."""
-        center = self._window.flat([None] * len(self.weights) if center is None else center)
-        total = 0
-        for row, c in zip(self._window.read(), center, strict=True):
-            g = (self._scale * ops.cast(row[: self.n_examples], self.dtype) - c) / unit
-            total = total + ops.matmul(g, ops.transpose(g))
-        return total
+        rows = (
+            self._scale * ops.cast(row[: self.n_examples], self.dtype)
+            for row in self._window.read()
+        )
+        return gram_of_rows(rows, None if center is None else self._window.flat(center), unit)
 
 
-def announcement(variables, size, dtype=None):
+def make_window(
+    add_variable: Callable[..., Any], variables: Sequence[Any], size: int, dtype: str | None
+) -> GradientWindow:
+    """A `GradientWindow`, announced where it is large.
+
+    Args:
+        add_variable: as in `GradientWindow`, as all others.
+        variables: the weights.
+        size: W.
+        dtype: of the stored gradients, or `None`.
+
+    Raises:
+        ValueError: it does not fit in memory.
+    """
+    # First, as it may not fit.
+    large = _announcement(variables, size, dtype)
+    if large is not None:
+        print(large, flush=True)
+    try:
+        return GradientWindow(add_variable, variables, size, dtype)
+    except Exception as error:  # each backend has a class of its own for want of memory
+        if large is None:
+            raise
+        raise ValueError(
+            f"The window does not fit in memory: {large} Expected a smaller `window`. "
+            f"Received: window={size!r}"
+        ) from error
+
+
+def _announcement(variables, size, dtype):
     """A line for the user where a window would be large, else `None`; nothing is allocated.
 
     Args:
@@ -314,24 +339,3 @@ def _groups(sizes):
     large = [[i] for i, size in enumerate(sizes) if size >= _SMALL]
     small = [i for i, size in enumerate(sizes) if size < _SMALL]
     return [*large, small] if small else large
-
-
-def working_dtype(variables):
-    """The widest floating dtype of variables, and at least float32, as a string."""
-    dtypes = {keras.backend.standardize_dtype(v.dtype) for v in variables}
-    return "float64" if "float64" in dtypes else "float32"
-
-
-def _gram_of_distances(squares, valid, n):
-    """The Gram matrix of n points less their mean, from their squared distances.
-
-    -H E H / 2, as in classical multidimensional scaling (Torgerson 1952).
-
-    Args:
-        squares: E, shape (W, W), 0 where a point is not valid.
-        valid: 1 for a point and 0 for none, shape (W,).
-        n: their number, a scalar tensor.
-    """
-    means = ops.sum(squares, 1) / n
-    centred = squares - means[:, None] - means + ops.sum(means) / n
-    return -centred * valid[:, None] * valid / 2

@@ -13,9 +13,9 @@ from rows import Rows, random_rows
 import keras_rgd
 from keras_rgd import DiffusionMatrix, DiffusionMetric
 from keras_rgd._support import eigensolvers, vectors
-from keras_rgd.diffusion_matrix import ESTIMATE_MARGIN
 from keras_rgd.diffusion_metric import choose_epsilon, weak_field_error
-from keras_rgd.direction import step_of
+from keras_rgd.direction import direction_of
+from keras_rgd.largest_eigenvalue import ESTIMATE_MARGIN
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -246,7 +246,7 @@ def test_D_is_positive_semi_definite_of_rank_below_n(G):
 def test_spectrum_in_float32_has_no_range_trouble(power, gram_is_cheap):
     s = 10.0**power
     gradients = random_rows(6, scale=s, dtype="float32", gram_is_cheap=gram_is_cheap)
-    spectrum = step_of(gradients, 0.0).spectrum
+    spectrum = direction_of(gradients, 0.0).seen_by_rule
     unit = float(spectrum.unit)
     received = float(spectrum.lambda_max) * unit * unit
     M = gradients.dense.lambda_max
@@ -374,10 +374,10 @@ def test_trace_power_bound_of_zero_is_zero():
 def test_lanczos_measure_integrates_functions_of_D(n):
     gradients = random_rows(n, shapes=((5, 6),))
     D, dense = DiffusionMatrix(gradients), gradients.dense
-    image = D.image(gradients.gradient)
+    product = D.factored_product(gradients.gradient)
     mass = dense.v @ dense.D @ dense.v / (dense.v @ dense.v)
     nodes, weights = eigensolvers.lanczos_measure(
-        tf.constant(dense.K), image.examples, tf.constant(mass, tf.float64)
+        tf.constant(dense.K), product.examples, tf.constant(mass, tf.float64)
     )
     assert float(tf.reduce_sum(weights)) == pytest.approx(1)
     assert np.all(weights.numpy() >= 0)
@@ -411,7 +411,7 @@ def test_an_estimate_without_a_gram_matrix_is_within_its_margin(n):
     gradients = random_rows(n, shapes=((10, 6),), gram_is_cheap=False)
     M = gradients.dense.lambda_max
     for last in (0.0, 1e-3 * M, 1e3 * M):
-        spectrum = step_of(gradients, last).spectrum
+        spectrum = direction_of(gradients, last).seen_by_rule
         received = float(spectrum.lambda_max * spectrum.unit**2)
         assert M < received <= ESTIMATE_MARGIN * M * (1 + 1e-9)
 
@@ -419,10 +419,10 @@ def test_an_estimate_without_a_gram_matrix_is_within_its_margin(n):
 def test_an_estimate_that_agrees_with_the_last_one_stands():
     gradients = random_rows(6, gram_is_cheap=False)
     D = DiffusionMatrix(gradients)
-    image = D.image(gradients.gradient)
-    own = float(image.alpha) ** 2
+    product = D.factored_product(gradients.gradient)
+    own = float(product.alpha) ** 2
     for last in (0.6 * own, 1.9 * own):
-        spectrum = step_of(gradients, ESTIMATE_MARGIN * last).spectrum
+        spectrum = direction_of(gradients, ESTIMATE_MARGIN * last).seen_by_rule
         received = float(spectrum.lambda_max * spectrum.unit**2)
         assert received == pytest.approx(ESTIMATE_MARGIN * max(own, last))
 

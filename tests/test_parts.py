@@ -11,7 +11,7 @@ from keras import layers as L
 from test_layerwise import Own
 
 import keras_rgd
-from keras_rgd.direction import step_of
+from keras_rgd.direction import direction_of
 from keras_rgd.per_example import Batch, ExampleLosses
 from keras_rgd.per_example.layerwise import layerwise
 from keras_rgd.per_example.layerwise.layerwise import Layerwise
@@ -277,7 +277,8 @@ def test_the_step_says_so_where_float64_has_lost_the_digits(float64):
 
         @tf.function
         def lost(x, y, model=model):
-            return step_of(Layerwise(ExampleLosses(model, True), Batch(x, y)), 0.0).lost_digits
+            layerwise = Layerwise(ExampleLosses(model, True), Batch(x, y))
+            return direction_of(layerwise, 0.0).lost_digits
 
         found.append(bool(lost(x[:n].astype("float64"), y[:n].astype("float64"))))
     assert found == [False, True, False]

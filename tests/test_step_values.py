@@ -24,8 +24,8 @@ def test_steps_that_lost_the_digits_of_D_are_counted(lost, finite, count):
     optimizer = built()
     one = tf.constant(1.0 if finite else np.inf)
     spectrum = SpectralMeasure(one, tf.ones([1]), tf.ones([1]), tf.constant(1.0))
-    step = types.SimpleNamespace(spectrum=spectrum, lost_digits=tf.constant(lost))
-    optimizer._values.record(step, tf.constant(0.5), tf.constant(False), 0.99)
+    direction = types.SimpleNamespace(seen_by_rule=spectrum, lost_digits=tf.constant(lost))
+    optimizer._values.record(direction, tf.constant(0.5), tf.constant(False), 0.99)
     assert int(optimizer.rounded_steps) == count
 
 

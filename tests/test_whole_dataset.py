@@ -356,7 +356,7 @@ def test_equal_gradients_have_no_spectrum(method):
     model.compile("sgd", "mse")
     x, y = np.ones((20, 9), "float32"), np.ones((20, 2), "float32")
     s = keras_rgd.spectrum(model, (x, y), method=method, k=2, batch_size=6, verbose=False)
-    assert s.lambda_max <= 1e-9 * s.gradient_norm**2
+    assert s.lambda_max == 0 and s.rank == 0
     assert s.trace <= 1e-6 * s.gradient_norm**2
 
 

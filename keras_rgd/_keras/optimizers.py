@@ -81,14 +81,6 @@ def place_of(optimizer, variable):
     return optimizer._get_variable_index(variable)
 
 
-def built_for(optimizer):
-    """The variables that an optimizer is built for, in order.
-
-    Expected: `_trainable_variables`, the list that `build` was given.
-    """
-    return optimizer._trainable_variables
-
-
 def track(optimizer, variable):
     """Make a variable one of the optimizer's own, which is saved with it.
 

@@ -4,10 +4,19 @@ XLA's eigensolver does not belong in a compiled step: on a CPU it takes 1.5 s at
 three squarings take milliseconds.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
 from keras import ops
 
 from keras_rgd._support import vectors
 from keras_rgd._support.rounding import machine_epsilon
+from keras_rgd._support.vectors import Tensor, Vector
+
+# A vector and D times it.
+Pair: TypeAlias = tuple[Vector, Vector]
 
 # In a step, where each costs 2 N^3 operations.
 _SQUARINGS = 3
@@ -20,7 +29,7 @@ _LANCZOS_STEPS = 8
 _CHEBYSHEV_STEPS = 6
 
 
-def trace_power_bound(k, squarings=_SQUARINGS):
+def trace_power_bound(k: Tensor, squarings: int = _SQUARINGS) -> Tensor:
     """An upper bound on the largest eigenvalue of a positive semi-definite matrix.
 
     From the traces s_1 = tr K^q and s_2 = tr K^(2q), q = 2^squarings, by repeated squaring: the
@@ -54,7 +63,7 @@ def trace_power_bound(k, squarings=_SQUARINGS):
     return ops.where(trace > 0, ops.exp(log_bound) * rounding, ops.zeros_like(trace))
 
 
-def lanczos_measure(k, u, mass):
+def lanczos_measure(k: Tensor, u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss-Radau quadrature, one node at 0, for the spectral measure of v.
 
     With u along H G v, Lanczos on K gives Gauss quadrature for lam dmu(lam), mu the spectral
@@ -72,19 +81,19 @@ def lanczos_measure(k, u, mass):
     alphas, betas, basis = [], [], [u]
     tiny = 8 * machine_epsilon(k.dtype) * ops.trace(k)
     for step in range(_LANCZOS_STEPS):
-        image = ops.matmul(k, basis[-1])
-        alphas.append(ops.sum(basis[-1] * image))
+        product = ops.matmul(k, basis[-1])
+        alphas.append(ops.sum(basis[-1] * product))
         if step == _LANCZOS_STEPS - 1:
             break
         # Twice is enough to keep the basis orthogonal.
         for _ in range(2):
             for q in basis:
-                image = image - ops.sum(q * image) * q
-        beta = ops.norm(image)
+                product = product - ops.sum(q * product) * q
+        beta = ops.norm(product)
         # The Krylov space may end before N; the rest of T is then zero and has no weight.
         beta = ops.where(beta > tiny, beta, ops.zeros_like(beta))
         betas.append(beta)
-        basis.append(ops.divide_no_nan(image, beta))
+        basis.append(ops.divide_no_nan(product, beta))
     t = _tridiagonal(alphas, betas)
     # eigh raises on what half precision overflowed; such a step is skipped later.
     finite = ops.all(ops.isfinite(t))
@@ -101,7 +110,7 @@ def lanczos_measure(k, u, mass):
     )
 
 
-def solve_shifted(k, epsilon, b):
+def solve_shifted(k: Tensor, epsilon: Tensor, b: Tensor) -> Tensor:
     """(I + eps K)^-1 b for eps K between 0 and I, by Chebyshev iteration.
 
     The eigenvalues of the system lie in [1, 2], so each step divides the error by 3 + sqrt(8)
@@ -124,7 +133,7 @@ def solve_shifted(k, epsilon, b):
     return solution[:, 0]
 
 
-def moments_measure(lambda_max, first, second):
+def moments_measure(lambda_max: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss-Radau quadrature with one node at `lambda_max`, from two moments of v alone.
 
     Exact for 1, lam and lam^2; where `lambda_max` bounds the spectrum, an upper bound for the
@@ -145,7 +154,16 @@ def moments_measure(lambda_max, first, second):
     return ops.stack([node, lambda_max]), ops.stack([1 - weight, weight])
 
 
-def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
+def golub_kahan_top(
+    dot: Callable[[Vector], tuple[Tensor, Tensor]],
+    combine: Callable[[Tensor], Vector],
+    alpha: Tensor,
+    v: Vector,
+    u: Tensor,
+    max_steps: int,
+    limit: Tensor,
+    growth: float,
+) -> Tensor:
     """The largest eigenvalue of D from below, by Golub-Kahan bidiagonalisation of H G / sqrt(N).
 
     Starts from u, v and alpha with (H G)^T u = alpha sqrt(N) v, and goes on until one more step
@@ -184,11 +202,11 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
         beta = ops.norm(r)
         beta = ops.where(beta > rounding, beta, ops.zeros_like(beta))
         u = ops.divide_no_nan(r, beta)
-        image = vectors.add(combine(u), v, -beta)
-        alpha = vectors.norm(image)
+        product = vectors.add(combine(u), v, -beta)
+        alpha = vectors.norm(product)
         # Where the Krylov space ends, -0 v has no direction either.
         alpha = ops.where(beta > 0, alpha, ops.zeros_like(alpha))
-        v = [ops.divide_no_nan(x, alpha) for x in image]
+        v = [ops.divide_no_nan(x, alpha) for x in product]
         alphas = ops.slice_update(alphas, [step], alpha[None])
         betas = ops.slice_update(betas, [step], beta[None])
         basis = ops.slice_update(basis, [step, 0], u[None])
@@ -202,7 +220,7 @@ def golub_kahan_top(dot, combine, alpha, v, u, max_steps, limit, growth):
     return ops.while_loop(go_on, one_step, start)[-1]
 
 
-def ritz_step(x, q, p):
+def ritz_step(x: Pair, q: Pair, p: Pair) -> tuple[Vector, Vector, Vector, Vector]:
     """The vector of the largest Ritz value among three, as LOBPCG steps (Knyazev 2001) with one.
 
     Args:

@@ -4,9 +4,16 @@ Equal gradients come out of a backward pass unequal in their last digits. That i
 what is no more than that is taken as 0; anything above it is the gradients' own.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
+
+from keras_rgd._support import vectors
+from keras_rgd._support.vectors import Tensor
 
 # In the last digits of the dtype.
 _LAST_DIGITS = 32
@@ -16,12 +23,12 @@ _LAST_DIGITS = 32
 _SHARE = 2.0**-7
 
 
-def machine_epsilon(dtype):
+def machine_epsilon(dtype: Any) -> float:
     """Distance from 1 to the next larger number of a floating dtype."""
     return float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)
 
 
-def noise(size, dtype):
+def noise(size: Any, dtype: Any) -> Any:
     """How far apart equal things of this size may be by rounding alone.
 
     Args:
@@ -31,8 +38,19 @@ def noise(size, dtype):
     return _LAST_DIGITS * machine_epsilon(dtype) * size
 
 
-def is_real(square_distance, square, dtype, centred):
-    """Whether gradients differ by more than rounding.
+def differ(distance: Any, size: Any, dtype: Any) -> Any:
+    """Whether things of this size that are so far apart differ by more than rounding.
+
+    Args:
+        distance: in the unit of `size`, as a length and not as its square.
+        size: as in `noise`.
+        dtype: as in `noise`.
+    """
+    return distance > noise(size, dtype)
+
+
+def is_real(square_distance: Tensor, square: Tensor, dtype: Any, centred: bool) -> Tensor:
+    """Whether gradients that are known by their products differ by more than rounding.
 
     Args:
         square_distance: the largest |g_i - gbar|^2, a scalar tensor.
@@ -42,17 +60,28 @@ def is_real(square_distance, square, dtype, centred):
             is a difference of products, in which their own rounding stands.
     """
     if not centred:
-        return square_distance > noise(square, dtype)
-    return ops.sqrt(square_distance) > noise(ops.sqrt(square), dtype)
+        return differ(square_distance, square, dtype)
+    return differ(ops.sqrt(square_distance), ops.sqrt(square), dtype)
 
 
-def error(variance, square, dtype, centred):
+def above_noise(centred: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Products <g_i, v> less their mean, 0 where they are rounding alone; and how long that is.
+
+    Args:
+        centred: k less its mean, shape (N,).
+        largest: the largest |k_i|.
+    """
+    real = differ(vectors.largest_of(centred), largest, centred.dtype)
+    return ops.where(real, centred, ops.zeros_like(centred)), noise(largest, centred.dtype)
+
+
+def error(variance: Tensor, square: Tensor, dtype: Any, centred: bool) -> Tensor:
     """About how far off the mean of |g_i - gbar|^2 may be; else as `is_real`."""
     known = variance if centred else square
     return machine_epsilon(dtype) * ops.sqrt(known) * ops.sqrt(square)
 
 
-def keeps_digits(variance, mean_square):
+def keeps_digits(variance: Tensor, mean_square: Tensor) -> Tensor:
     """Whether products may be centred after they were formed.
 
     Args:

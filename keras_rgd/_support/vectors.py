@@ -1,10 +1,19 @@
 """Vectors in weight space, kept as lists of tensors shaped as the weights."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import numpy as np
 from keras import ops
 
+# A tensor of whichever backend runs Keras; a vector in weight space.
+Tensor: TypeAlias = Any
+Vector: TypeAlias = list[Tensor]
 
-def checked(v, weights):
+
+def checked(v: Any, weights: Sequence[Any]) -> Vector:
     """v, if it is a vector in weight space: a list of tensors shaped as the weights.
 
     Raises:
@@ -17,8 +26,8 @@ def checked(v, weights):
             f"{expected}; for flat vectors use linear_operator() of a DiffusionMatrix. "
             f"Received: {type(v).__name__}"
         )
-    shapes = [_shape(x) for x in v]
-    if len(shapes) != len(expected) or not all(map(_agree, shapes, expected)):
+    shapes = [shape_of(x) for x in v]
+    if len(shapes) != len(expected) or not all(map(shapes_agree, shapes, expected)):
         raise ValueError(
             "A vector in weight space is a list of tensors shaped as the trainable weights, "
             f"{expected}. Received: shapes {shapes}"
@@ -26,7 +35,8 @@ def checked(v, weights):
     return list(v)
 
 
-def _shape(x):
+def shape_of(x: Any) -> tuple | None:
+    """The static shape of a tensor or an array; `None` where not even its rank is known."""
     shape = getattr(x, "shape", None)
     if shape is None:
         return np.shape(x)
@@ -34,56 +44,53 @@ def _shape(x):
     return tuple(shape) if getattr(shape, "rank", 0) is not None else None
 
 
-def _agree(shape, expected):
+def shapes_agree(shape: tuple | None, expected: tuple) -> bool:
+    """Whether a static shape may be the expected one; `None` stands for what is not known."""
     if shape is None:
         return True
     pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and all(s is None or s == e for s, e in pairs)
+    return len(shape) == len(expected) and all(None in (s, e) or s == e for s, e in pairs)
 
 
-def inner(a, b):
+def inner(a: Vector, b: Vector) -> Tensor:
     """Euclidean inner product of two lists of tensors, a scalar tensor."""
     return sum(ops.sum(x * y) for x, y in zip(a, b, strict=True))
 
 
-def norm(a):
+def norm(a: Vector) -> Tensor:
     """Euclidean norm, safe where the squares of the entries leave the range of the dtype."""
-    largest = ops.max(ops.stack([_largest(x) for x in a]))
+    largest = ops.max(ops.stack([largest_of(x) for x in a]))
     unit = ops.where(largest > 0, largest, ops.ones_like(largest))
     return unit * ops.sqrt(sum(ops.sum(ops.square(x / unit)) for x in a))
 
 
-def _largest(x):
-    # A weight may have no entries, and a batch no examples.
+def largest_of(x: Tensor) -> Tensor:
+    """The largest absolute value in a tensor, a scalar tensor; 0 in a tensor without entries."""
+    # A weight may have none, and a batch no examples.
     return ops.max(ops.abs(x), initial=0)
 
 
-def scale(a, factor):
+def scale(a: Vector, factor: Any) -> Vector:
     """The list `factor * a`."""
     return [factor * x for x in a]
 
 
-def add(a, b, factor=1.0):
+def add(a: Vector, b: Vector, factor: Any = 1.0) -> Vector:
     """The list `a + factor * b`."""
     return [x + factor * y for x, y in zip(a, b, strict=True)]
 
 
-def safe_divide(a, b):
-    """a / b, and 0 where b is 0; a scalar or a tensor."""
-    return ops.divide_no_nan(a, b)
-
-
-def size(weights):
+def size(weights: Sequence[Any]) -> int:
     """Number of scalar weights d."""
     return int(sum(np.prod(w.shape) for w in weights))
 
 
-def flatten(a):
+def flatten(a: Vector) -> np.ndarray:
     """One numpy vector of length d from a list of tensors."""
     return np.concatenate([np.reshape(ops.convert_to_numpy(x), -1) for x in a])
 
 
-def unflatten(vector, like, dtype=None):
+def unflatten(vector: np.ndarray, like: Sequence[Any], dtype: Any = None) -> Vector:
     """The list of tensors shaped (and where `dtype` is `None` typed) as `like`.
 
     From a numpy vector of length d.

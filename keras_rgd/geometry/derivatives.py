@@ -101,7 +101,7 @@ class _Operations:
     def __init__(self, model):
         self._model, self._example_losses = model, ExampleLosses(model, training=False)
         self.weights = [w.value for w in model.trainable_variables]
-        self.dtype = working_dtype(self.weights)
+        self.dtype = tf.as_dtype(working_dtype(self.weights))
         self.eager = {name: getattr(self, f"_{name}") for name in _OPERATIONS}
         self.traced = {name: _graph_function(f) for name, f in self.eager.items()}
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rgd._support import vectors
+from keras_rgd._support import centring, vectors
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.geometry.derivatives import Derivatives
 from keras_rgd.per_example.measuring import as_batch, way_for
@@ -106,7 +106,7 @@ class WeightSpace:
         return self.derivatives.third(self._centred(a), u, v)
 
     def product(self, v):
-        """D v."""
+        """D v, by derivatives that are traced already; `DiffusionMatrix` would trace its own."""
         return self.covariance(self.derivatives.dot(v))
 
     def product_change(self, u, v):
@@ -156,4 +156,4 @@ class WeightSpace:
             w.assign(value)
 
     def _centred(self, a):
-        return (a - tf.reduce_mean(a)) / self.n_examples
+        return centring.centred(a) / self.n_examples

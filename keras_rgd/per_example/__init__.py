@@ -1,27 +1,25 @@
 """Per-example gradients: what every way answers, the choice of a way, and one file for each way."""
 
-from keras_rgd._support import backends
+from keras_rgd._support.backends import ON_TENSORFLOW, needs_tensorflow
+from keras_rgd.per_example.gradients import PerExampleGradients, working_dtype
 
-backends.needs_tensorflow(__name__)
+if ON_TENSORFLOW:
+    # ruff: noqa: F401
+    from keras_rgd.per_example.batch import Batch
+    from keras_rgd.per_example.choice import StepWays, Wanted, choose_way
+    from keras_rgd.per_example.losses import ExampleLosses
+    from keras_rgd.per_example.measuring import measuring_way
+    from keras_rgd.per_example.memory import forget
+    from keras_rgd.per_example.per_example_gradients import check_model, per_example_gradients
+    from keras_rgd.per_example.smaller_batches import check_smaller_batches
+    from keras_rgd.per_example.state import seed_generators, unchanged
+    from keras_rgd.per_example.way import Way
 
-from keras_rgd.per_example.batch import Batch  # noqa: E402
-from keras_rgd.per_example.choice import StepWays, Wanted, choose_way  # noqa: E402
-from keras_rgd.per_example.gradients import PerExampleGradients, working_dtype  # noqa: E402
-from keras_rgd.per_example.losses import ExampleLosses  # noqa: E402
-from keras_rgd.per_example.measuring import measuring_way  # noqa: E402
-from keras_rgd.per_example.memory import forget  # noqa: E402
-from keras_rgd.per_example.per_example_gradients import (  # noqa: E402
-    check_model,
-    per_example_gradients,
-)
-from keras_rgd.per_example.smaller_batches import check_smaller_batches  # noqa: E402
-from keras_rgd.per_example.state import seed_generators, unchanged  # noqa: E402
-from keras_rgd.per_example.way import Way  # noqa: E402
+__all__ = ["PerExampleGradients", "working_dtype"]
 
-__all__ = [
+_ON_TENSORFLOW = [
     "Batch",
     "ExampleLosses",
-    "PerExampleGradients",
     "StepWays",
     "Wanted",
     "Way",
@@ -33,5 +31,13 @@ __all__ = [
     "per_example_gradients",
     "seed_generators",
     "unchanged",
-    "working_dtype",
 ]
+
+if ON_TENSORFLOW:
+    __all__ += _ON_TENSORFLOW
+
+
+def __getattr__(name):
+    if name in _ON_TENSORFLOW:
+        needs_tensorflow(f"keras_rgd.per_example.{name}")
+    raise AttributeError(f"module 'keras_rgd.per_example' has no attribute {name!r}")

@@ -7,10 +7,11 @@ training), for the very Dropout masks of the step, and for recurrent layers.
 import tensorflow as tf
 
 from keras_rgd._support import vectors
-from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows
+from keras_rgd.per_example.gradients import gram_of_rows
+from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 
 
-class DoubleBackward(PerExampleGradients):
+class DoubleBackward(TensorFlowGradients):
     """k = N d/du <grad L(u), v> and sum_i w_i g_i = N grad <dL/du, w>, for one batch.
 
     Memory is that of two backward passes: nothing of size N x d. `gram` costs N backward passes

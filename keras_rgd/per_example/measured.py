@@ -4,8 +4,8 @@ import functools
 
 import tensorflow as tf
 
-from keras_rgd.per_example.gradients import PerExampleGradients
 from keras_rgd.per_example.state import unchanged
+from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 from keras_rgd.per_example.way import Way
 
 _OPERATIONS = ("dot", "combine", "combine_many", "gram", "rows", "squares", "images")
@@ -45,7 +45,7 @@ def _operate(way, name, batch, *arguments):
     return getattr(way(batch), name)(*arguments)
 
 
-class Measured(PerExampleGradients):
+class Measured(TensorFlowGradients):
     """One batch's per-example gradients, each operation a graph function of the batch.
 
     Args:

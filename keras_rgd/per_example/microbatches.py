@@ -5,10 +5,10 @@ import tensorflow as tf
 
 from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import mapped
-from keras_rgd.per_example.gradients import PerExampleGradients
+from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 
 
-class Microbatches(PerExampleGradients):
+class Microbatches(TensorFlowGradients):
     """Each operation is one pass over pieces of `size` examples and the rest; inside a graph only.
 
     Memory is that of one piece, beside the batch, the model's outputs for it and a few numbers an

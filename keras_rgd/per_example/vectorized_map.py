@@ -12,8 +12,9 @@ import keras
 import tensorflow as tf
 
 from keras_rgd._support import vectors
-from keras_rgd.per_example.gradients import PerExampleGradients, centered, gram_of_rows, products
+from keras_rgd.per_example.gradients import centered, gram_of_rows, products
 from keras_rgd.per_example.losses import what_losses_read
+from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 
 # A batched matrix product that vectorizing makes out of attention crashes the process in TF's
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
@@ -23,7 +24,7 @@ CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "Batc
 NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
 
 
-class VectorizedMap(PerExampleGradients):
+class VectorizedMap(TensorFlowGradients):
     """Rows g_i of G, in chunks of `chunk_size` examples.
 
     Args:

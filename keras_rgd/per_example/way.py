@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import DoubleBackward
@@ -92,4 +94,5 @@ def in_microbatches(losses: ExampleLosses, way: Way, size: int) -> Way:
 def examples_that_fit(losses: ExampleLosses) -> int:
     """How many examples' gradients fit in the memory that is meant for them."""
     weights = losses.weights
-    return max(1, _CHUNK_BYTES // (working_dtype(weights).size * vectors.size(weights)))
+    entry = np.dtype(working_dtype(weights)).itemsize
+    return max(1, _CHUNK_BYTES // (entry * vectors.size(weights)))

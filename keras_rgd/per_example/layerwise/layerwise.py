@@ -14,12 +14,13 @@ import tensorflow as tf
 from keras_rgd._keras.graphs import current_graph
 from keras_rgd._support import rounding, vectors
 from keras_rgd.per_example.batch import Batch
-from keras_rgd.per_example.gradients import ExampleSpace, PerExampleGradients, squares_of_rows
+from keras_rgd.per_example.gradients import ExampleSpace, squares_of_rows
 from keras_rgd.per_example.layerwise.forms import ROW_ENTRIES
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
 from keras_rgd.per_example.losses import replaced, what_losses_read
+from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 
 # The Gram matrix gives a guaranteed bound on M_x. It is formed where its work is at most that of
 # _GRAM_STEPS SGD steps, or so little that it does not matter; else products with D estimate M_x.
@@ -33,7 +34,7 @@ _POWERS = 3
 _RANGE = 1e-18, 1e30
 
 
-class Layerwise(PerExampleGradients):
+class Layerwise(TensorFlowGradients):
     """The parts of G by the uses of the weights, for one batch; inside a graph only.
 
     Args:
