@@ -9,13 +9,13 @@ from keras_rgd.optimizer import RGD, inner_rgd
 if ON_TENSORFLOW:
     # ruff: noqa: F401
     from keras_rgd import geometry
-    from keras_rgd.dataset_spectrum import Spectrum, spectrum
+    from keras_rgd.dataset_spectrum import spectrum
     from keras_rgd.measurement import diffusion_matrix
     from keras_rgd.models import RGDMixin, RGDModel, RGDSequential, to_rgd
     from keras_rgd.monitor import DiffusionMonitor
     from keras_rgd.per_example import PerExampleGradients, forget, per_example_gradients
     from keras_rgd.plots import plot_spectrum
-    from keras_rgd.records import DiffusionRecord, load_records, save_records
+    from keras_rgd.records import DiffusionRecord, Spectrum, load_records, save_records
 
 __version__ = "0.1.0"
 

@@ -1,11 +1,11 @@
 """The examples of a data set in batches of one size, again and again in the same order."""
 
 import itertools
+import sys
 import zlib
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 
 def read(data):
@@ -24,7 +24,7 @@ def read(data):
     if isinstance(data, keras.utils.PyDataset):
         endless = data.num_batches is None
         batches = (data[i] for i in (itertools.count() if endless else range(data.num_batches)))
-    elif isinstance(data, tf.data.Dataset):
+    elif _is_tf_dataset(data):
         batches = data
     elif isinstance(data, tuple | list):
         batches = [data]
@@ -74,9 +74,10 @@ def check_dense(x, y=None, sample_weight=None, what="Measuring D"):
 
 
 def _not_dense(leaf):
-    if isinstance(leaf, tf.RaggedTensor | tf.RaggedTensorSpec):
+    tf = sys.modules.get("tensorflow")  # where it was never imported, nothing is of its kind
+    if tf and isinstance(leaf, tf.RaggedTensor | tf.RaggedTensorSpec):
         return "ragged"
-    is_sparse = isinstance(leaf, tf.SparseTensor | tf.SparseTensorSpec)
+    is_sparse = tf and isinstance(leaf, tf.SparseTensor | tf.SparseTensorSpec)
     return "sparse" if is_sparse or hasattr(leaf, "tocoo") else None
 
 
@@ -244,9 +245,13 @@ def as_array(value):
 def _is_endless(data):
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches is None
-    return isinstance(data, tf.data.Dataset) and (
-        data.cardinality() == tf.data.INFINITE_CARDINALITY
-    )
+    # tf.data.INFINITE_CARDINALITY
+    return _is_tf_dataset(data) and int(data.cardinality()) == -1
+
+
+def _is_tf_dataset(data):
+    tf = sys.modules.get("tensorflow")
+    return tf is not None and isinstance(data, tf.data.Dataset)
 
 
 def _checksum(batch):

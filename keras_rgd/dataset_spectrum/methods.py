@@ -1,7 +1,7 @@
 """Three methods for the spectrum of D over a data set that is streamed in batches, and their costs.
 
 Each has a function that says what it would hold beside the data, in bytes, of which the plan in
-`dataset_spectrum.py` chooses.
+`spectrum.py` chooses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from keras_rgd._support import centring, rounding
-from keras_rgd.dataset_passes import Passes, rows_of_trace
+from keras_rgd.dataset_spectrum.passes import Passes, rows_of_trace
 
 # Rows that enter the d x d matrix together: enough for a matrix product to pay.
 _ROWS = 2048

@@ -15,10 +15,10 @@ import numpy as np
 
 from keras_rgd import per_example as ways
 from keras_rgd import record_values as values_of
-from keras_rgd import spectrum_methods
 from keras_rgd._support import arguments
 from keras_rgd._support.batches import Batches
-from keras_rgd.dataset_passes import Passes
+from keras_rgd.dataset_spectrum import methods
+from keras_rgd.dataset_spectrum.passes import Passes
 from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.records import Spectrum
 
@@ -120,11 +120,11 @@ def spectrum(
     plan.check(method)
     passes.first_pass()
     if method == "gram":
-        found = spectrum_methods.gram(passes, plan.block)
+        found = methods.gram(passes, plan.block)
     elif method == "covariance":
-        found = spectrum_methods.covariance(passes)
+        found = methods.covariance(passes)
     else:
-        found = spectrum_methods.iterative(passes, plan.leading, seed)
+        found = methods.iterative(passes, plan.leading, seed)
     whole, kept = method != "iterative", _KEPT if k is None else k
     return Spectrum(
         **values_of.dataset_eigenvalues(found.eigenvalues, found.trace, passes.n, passes.d, whole),
@@ -156,15 +156,15 @@ class _Plan:
         n, d = passes.n, passes.d
         self._n, self._d, self._limit = n, d, memory_limit
         entry = np.dtype(ways.working_dtype(passes.weights)).itemsize
-        gram = functools.partial(spectrum_methods.gram_bytes, n, d, batch_size, entry)
+        gram = functools.partial(methods.gram_bytes, n, d, batch_size, entry)
         room = max(memory_limit - gram(), 0) // (entry * d)
         # Whole batches, so that none is cut.
         self.block = min(max(room // batch_size, 1) * batch_size, n)
         self.leading = min(_LEADING, n, max(d - 1, 1)) if k is None else k
         self.bytes = {
             "gram": gram(block=min(batch_size, n)),
-            "covariance": spectrum_methods.covariance_bytes(d, batch_size, entry),
-            "iterative": spectrum_methods.iterative_bytes(d, batch_size, entry, self.leading),
+            "covariance": methods.covariance_bytes(d, batch_size, entry),
+            "iterative": methods.iterative_bytes(d, batch_size, entry, self.leading),
         }
         self._work = {"gram": n * n * d + n**3, "covariance": n * d * d + d**3}
 
