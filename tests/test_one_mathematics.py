@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from keras_rgd.geometry.point import Point
 from rows import SHAPES, Rows
 
 import keras_rgd
@@ -18,6 +17,7 @@ from keras_rgd import DiffusionMatrix, DiffusionMetric
 from keras_rgd._support import vectors
 from keras_rgd.diffusion_metric import inverse_product
 from keras_rgd.direction import GramDirection, direction_by_passes, direction_of
+from keras_rgd.geometry import Geometry
 
 D = sum(int(np.prod(s)) for s in SHAPES)
 
@@ -113,7 +113,7 @@ def regression(float64):
 
 def test_the_geometry_and_the_spectrum_of_a_data_set_have_the_same_D(regression):
     model, x, y = regression
-    matrix, point = keras_rgd.diffusion_matrix(model, x, y), Point(model, x, y)
+    matrix, point = keras_rgd.diffusion_matrix(model, x, y), Geometry(model, x, y)
     v = matrix.gradients.gradient
     np.testing.assert_allclose(
         vectors.flatten(point.product(v)), vectors.flatten(matrix.matvec(v)), rtol=1e-10

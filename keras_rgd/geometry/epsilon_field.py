@@ -1,4 +1,4 @@
-"""Eps as a function of the point in weight space, with its derivative where it has one."""
+"""eps as a function of the point in weight space, with its derivative where it has one."""
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd._support import vectors

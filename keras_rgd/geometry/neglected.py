@@ -30,7 +30,7 @@ from keras_rgd.geometry.equations import flat, rgd_acceleration
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NeglectedTerms:
-    """What the derivation of Eq. (10) drops, at each of a flow's instants.
+    """What the derivation of Eq. (10) drops, at each of a flow's times.
 
     All are norms in units of the loss's gradient, so that they can be compared with `gradient`.
     Integrals run from the flow's start.
@@ -43,19 +43,19 @@ class NeglectedTerms:
     acceleration: np.ndarray  # (T,), |int eps Cov_i(f_i, H_i x'') dt|, of condition (9)
     condition_9: np.ndarray  # (T,), |the sum of these two|
     total_derivative: np.ndarray  # (T,), |int eps D x'' dt|, of d^2 f_i/dt^2
-    constants: np.ndarray  # (T,), |C|, the same at each instant
+    constants: np.ndarray  # (T,), |C|, the same at all times
     epsilon_derivative: np.ndarray  # (T,), |int R dt|; 0 for constant eps
     christoffel: np.ndarray  # (T,), |int (Gamma exact - Gamma weak)(x', x') dt|, O(eps^2) of (7)
     inverse: np.ndarray  # (T,), |((I + eps D)^-1 - (I - eps D)) grad L|, O(eps^2)
     departure: np.ndarray  # (T,), |x' + (I - eps D) grad L|: how far the flow is from Eq. (10)
-    imbalance: np.ndarray  # (T,), of the equation above: 0 on a geodesic, but for rounding
+    imbalance: np.ndarray  # (T,), |left - right| of Eq. (8) as above: on a geodesic rounding
 
-    def relative(self, name):
-        """A term over |grad L| of the same instant, shape (T,)."""
+    def relative(self, name: str) -> np.ndarray:
+        """A term over |grad L| at the same time, shape (T,)."""
         return getattr(self, name) / self.gradient
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of the terms, in the order of the derivation."""
         return [f.name for f in dataclasses.fields(self)][2:]
 

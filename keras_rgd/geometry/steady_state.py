@@ -1,6 +1,6 @@
 """The steady state: Eq. (11) and (12) of the paper, and whether grad_D f has a potential.
 
-With layers in evaluation mode, at the model's weights. Beta^-1 = eta / (2 |B|), of the learning
+With layers in evaluation mode, at the model's weights. beta^-1 = eta / (2 |B|), of the learning
 rate eta and the batch size |B| (Chaudhari and Soatto, arXiv 1710.11029).
 """
 

@@ -4,7 +4,6 @@ import inspect
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import context
 
 from keras_rgd.per_example.mixing.places import Place, of_examples
 
@@ -39,7 +38,7 @@ def run(op, inputs):
 def value(op, inputs, index):
     """An output of an operation on known numbers, a numpy array; `None` where it cannot run."""
     try:
-        with context.eager_mode():
+        with tf.init_scope():
             return run(op, [tf.constant(v) for v in inputs])[index].numpy()
     except (*_ERRORS, AttributeError):
         return None
@@ -68,7 +67,7 @@ def places(op, found, values, n):
         return None
     candidates = [_candidates(t.shape, n) for t in op.outputs]
     try:
-        with context.eager_mode():
+        with tf.init_scope():
             for seed in range(_DRAWS):
                 _try(op, found, values, n, np.random.default_rng(seed), candidates)
     except (*_ERRORS, AttributeError):
