@@ -1,10 +1,18 @@
-"""Fixtures: every test starts from the same seeds and in float32."""
+"""How the tests run: seeds, dtypes, processes, and the memory of a process."""
 
+import gc
 import os
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # What is compiled here runs a few times: XLA takes a third less without its optimizations.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# One process has one core, and small arrays.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import cases  # noqa: E402
 import keras  # noqa: E402
@@ -12,31 +20,50 @@ import pytest  # noqa: E402
 import steps  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
+TESTS_BETWEEN_CLEARINGS = 20
 
-class CaseScheduling(LoadScopeScheduling):
-    """Tests of one case go to one process, which takes each of its steps once.
 
-    By the parameters in a test's name: marks of groups do nothing with pytest 9.2 and xdist 3.8.
+class ModelScheduling(LoadScopeScheduling):
+    """Tests that use one model go to one process, which traces each of its steps once.
+
+    Tests of a case go together, by the case's name among a test's parameters; all others by their
+    file. Marks of groups would say the same, but do nothing with pytest 9.2 and xdist 3.8.
     """
 
     def _split_scope(self, nodeid):
         parameters = nodeid.partition("[")[2].rstrip("]").split("-")
-        return next((p for p in parameters if p in cases.BY_NAME), nodeid)
+        return next((p for p in parameters if p in cases.BY_NAME), nodeid.partition("::")[0])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    return CaseScheduling(config, log)
+    return ModelScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """A process for each core, and four at most: each takes up to 3 GiB."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
+def pytest_configure(config):
+    config.tests_run = 0
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request):
+    """Every test starts from the same seeds and in float32."""
     keras.utils.set_random_seed(0)
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+    request.config.tests_run += 1
+    if request.config.tests_run % TESTS_BETWEEN_CLEARINGS == 0:
+        # TensorFlow keeps what it made of each graph that ran.
+        keras.utils.clear_session()
+        gc.collect()
 
 
 @pytest.fixture
@@ -44,3 +71,25 @@ def float64():
     """The test runs under `keras.config.set_floatx("float64")`."""
     with steps.floatx("float64"):
         yield
+
+
+def pytest_sessionfinish(session):
+    """A process of xdist hands the most memory that it held to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["memory"] = _memory()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.memory = [*getattr(node.config, "memory", []), node.workeroutput["memory"]]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    memory = getattr(config, "memory", None) or [_memory()]
+    held = ", ".join(f"{m:.1f}" for m in memory)
+    terminalreporter.write_line(f"most memory of a process: {held} GiB")
+
+
+def _memory():
+    """GiB, as Linux counts."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else float("nan")

@@ -1,6 +1,6 @@
 """RGD with a window on whichever backend runs Keras, against an explicit D in float64 numpy.
 
-`tests/test_backends.py` runs this folder on the other backends.
+`tests/integration/test_backends.py` runs this folder on the other backends.
 """
 
 import re

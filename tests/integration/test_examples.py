@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from keras_rgd import datasets
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*arguments, cwd):

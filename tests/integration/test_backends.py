@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-TESTS = pathlib.Path(__file__).with_name("any_backend")
+TESTS = pathlib.Path(__file__).parents[1] / "any_backend"
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

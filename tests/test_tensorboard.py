@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_record import record
+from test_records import record
 
 import keras_rgd
 from keras_rgd import tensorboard as tensorboard_file
