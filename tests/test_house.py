@@ -1,4 +1,4 @@
-"""The shape of the package: short files, arrows that run one way, TensorFlow where it must be."""
+"""The shape of the package: short files, and arrows that run one way."""
 
 import ast
 import pathlib
@@ -11,27 +11,9 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-# What the JAX backend shares with TensorFlow: the mathematics, the rules, the records, the plots.
-WITHOUT_TENSORFLOW = [
-    "diffusion_matrix",
-    "diffusion_metric",
-    "direction",
-    "epsilon",
-    "optimizer",
-    "per_example.batch",
-    "per_example.gradients",
-    "plots",
-    "records",
-    "step_values",
-    "window",
-]
-
-
-def imports(name, everywhere=False):
-    """The modules that a file imports: when it is loaded, or everywhere in it."""
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if everywhere else tree.body
-    for node in nodes:
+def imports(name):
+    """The modules that a file imports when it is loaded."""
+    for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -79,16 +61,3 @@ def test_per_example_gradients_know_nothing_of_rgd():
         if name.startswith("keras_rgd.per_example"):
             strangers = [m for m in own(name) if not m.startswith(allowed)]
             assert not strangers, f"{name} imports {strangers}"
-
-
-@pytest.mark.parametrize("name", WITHOUT_TENSORFLOW)
-def test_what_two_backends_share_imports_no_tensorflow(name):
-    seen, left = set(), [f"keras_rgd.{name}"]
-    while left:
-        module = left.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        found = list(imports(module, everywhere=module == f"keras_rgd.{name}"))
-        assert not any(m.split(".")[0] == "tensorflow" for m in found), module
-        left += [m for m in found if m in FILES]
