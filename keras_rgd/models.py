@@ -40,7 +40,7 @@ class RGDMixin:
         batch = per_example.Batch(*keras.utils.unpack_x_y_sample_weight(data))
         one = tf.ones([])
         scale = self.optimizer.scale_loss(one)
-        gradients = self._step_state.ways.for_batch(batch)(batch, scale)
+        gradients = self._step_state.ways.gradients(batch, scale)
         direction = optimizer.direction(gradients)
         if scale is not one:
             # The optimizer divides by the loss scale, and skips the step where this overflows.

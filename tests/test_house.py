@@ -11,6 +11,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
+
 def imports(name):
     """The modules that a file imports when it is loaded."""
     for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_rgd._keras.models import layers_of
 from keras_rgd.per_example import way as ways
 from keras_rgd.per_example.batch import Batch
+from keras_rgd.per_example.gradients import PerExampleGradients
 from keras_rgd.per_example.layerwise.check import check_layerwise
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
@@ -150,12 +151,13 @@ class StepWays:
         self._ways[self._key(specs)] = way
         return way
 
-    def for_batch(self, batch: Batch) -> ways.Way:
-        """The way for the step at hand, chosen anew where it is another than was asked about."""
-        way = self._ways.get(self._key(batch))
-        if way is None:
-            way = self.choose(batch.mapped(lambda t: tf.TensorSpec(t.shape, t.dtype)))
-        return way
+    def gradients(self, batch: Batch, loss_scale: Any) -> PerExampleGradients:
+        """The per-example gradients of the step at hand.
+
+        Its way is chosen anew where the step is another than was asked about.
+        """
+        way = self._ways.get(self._key(batch)) or self.choose(specs_of(batch))
+        return way(batch, loss_scale)
 
     def _key(self, batch):
         """What is known of a step when it is traced: shapes, and what is trained."""
