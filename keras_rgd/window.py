@@ -33,10 +33,14 @@ _SMALL = 2**13
 class GradientWindow:
     """The last W gradients as variables of an optimizer, and what a step needs of them.
 
-    Beside the gradients stand their squared distances |v_t - v_s|^2, of which each step computes
-    one row, and <v_t - v_T, v_T> of the last one, v_T. Both follow from those before and a product
-    of the window with v_T - v_(T-1): few digits are lost to the mean, which may be far longer than
-    the noise.
+    Beside the gradients stand their squared distances E_ts = |v_t - v_s|^2, and
+    p_t = <v_t - v_T, v_T> for the last one, v_T. A new gradient v_T + c makes a new row of E and a
+    new p from one product with the window, q_t = <v_t, c>:
+
+        E_t = |c|^2 + E_tT - 2 (q_t - q_T),    p_t + (q_t - q_T) - (q_T + |c|^2)
+
+    Both are made of differences, so few digits are lost to the mean gradient, which may be far
+    longer than the noise.
 
     Args:
         add_variable: the optimizer's method of that name.

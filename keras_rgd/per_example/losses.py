@@ -96,7 +96,7 @@ class ExampleLosses:
         return tf.convert_to_tensor(self.model.compute_loss(**arguments))
 
     def _weights(self, batch, y_pred, u):
-        """U times the user's weights, for each loss in the rank of that loss's values.
+        """u times the user's weights, for each loss in the rank of that loss's values.
 
         A loss over time has values (N, T): weights of shape (N,) would not broadcast, or at N = T
         would weight the timesteps.
