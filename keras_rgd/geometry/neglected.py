@@ -50,12 +50,12 @@ class NeglectedTerms:
     departure: np.ndarray  # (T,), |x' + (I - eps D) grad L|: how far the flow is from Eq. (10)
     imbalance: np.ndarray  # (T,), of the equation above: 0 on a geodesic, but for rounding
 
-    def relative(self, name):
+    def relative(self, name: str) -> np.ndarray:
         """A term over |grad L| of the same instant, shape (T,)."""
         return getattr(self, name) / self.gradient
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of the terms, in the order of the derivation."""
         return [f.name for f in dataclasses.fields(self)][2:]
 
