@@ -65,7 +65,7 @@ class DiffusionMatrix:
 
     def __init__(self, gradients: PerExampleGradients):
         self.gradients = gradients
-        self._eigen = None
+        self._eigen: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,7 +125,7 @@ class DiffusionMatrix:
         return vectors.scale(self.gradients.combine(centring.centred(u)), 1 / self._root_n)
 
     @property
-    def _root_n(self):
+    def _root_n(self) -> Tensor:
         # A batch without examples has D = 0.
         return ops.sqrt(ops.maximum(ops.cast(self.n_examples, self.gradients.dtype), 1))
 
@@ -225,7 +225,7 @@ class DiffusionMatrix:
         Entries are in the order of the weights, each flattened row by row.
         """
 
-        def matvec(x):
+        def matvec(x: np.ndarray) -> np.ndarray:
             v = vectors.unflatten(np.ravel(x), self.gradients.weights, self.gradients.dtype)
             return vectors.flatten(self.matvec(v)).astype(np.float64)
 
@@ -233,7 +233,7 @@ class DiffusionMatrix:
             self.shape, matvec=matvec, rmatvec=matvec, dtype=np.float64
         )
 
-    def _spectral(self):
+    def _spectral(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(eigenvalues descending, their eigenvectors of K in columns, K), numpy float64."""
         if self._eigen is None:
             mean = self.gradients.mean()
@@ -287,5 +287,5 @@ def has_reference_cut(d: int) -> bool:
     return rank_cut(1.0, 1, d, "reference") < LARGEST_RELATIVE_CUT
 
 
-def _in_float64(tensor):
+def _in_float64(tensor: Tensor) -> np.ndarray:
     return ops.convert_to_numpy(tensor).astype(np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd._support import centring, vectors
+from keras_rgd._support.arguments import is_real
 from keras_rgd._support.vectors import Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.spectral_measure import SpectralMeasure
@@ -42,7 +42,7 @@ class DiffusionMetric:
             gradient = diffusion_matrix.gradients.gradient
             epsilon = choose_epsilon(diffusion_matrix, epsilon, gradient)
         top = diffusion_matrix.top_eigenvalue()
-        if not isinstance(epsilon, numbers.Real) or not 0 <= epsilon * top < 1:
+        if not is_real(epsilon) or not 0 <= epsilon * top < 1:
             largest = 1 / top if top > 0 else math.inf
             raise ValueError(
                 "`epsilon` must satisfy 0 <= epsilon * lambda_max < 1 (Eq. 6 of the paper), here "
@@ -100,7 +100,7 @@ class DiffusionMetric:
         seen = _measure_along(D, v)
         return float(seen.weak_field_error(self.epsilon * seen.unit**2))
 
-    def _plus(self, v, factor):
+    def _plus(self, v: Vector, factor: float) -> Vector:
         D = self.diffusion_matrix
         v = D.vector(v)
         return vectors.add(v, D.matvec(v), factor)
@@ -149,7 +149,7 @@ def choose_epsilon(
     return float(seen.in_true_units(epsilon))
 
 
-def _measure_along(diffusion_matrix, v):
+def _measure_along(diffusion_matrix: DiffusionMatrix, v: Vector) -> SpectralMeasure:
     """The exact `SpectralMeasure` of D along v, in float64."""
     eigenvalues = diffusion_matrix.eigenvalues()
     top = eigenvalues[0]

@@ -123,7 +123,7 @@ class ProductDirection:
         return vectors.add(self._gradients.gradient, product.direction, -length)
 
 
-def _lost(gradients, size, differ):
+def _lost(gradients: PerExampleGradients, size: Tensor, differ: Tensor) -> Tensor:
     """Whether what differed by no more than rounding were gradients of several examples."""
     several = ops.convert_to_tensor(gradients.n_examples) > 1
     return ops.logical_and(ops.logical_and(several, size > 0), ops.logical_not(differ))

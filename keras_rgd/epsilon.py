@@ -7,12 +7,12 @@ spectral measure of v. It works on tensors, in and out of a compiled step.
 from __future__ import annotations
 
 import abc
-import numbers
 from typing import Any, TypeAlias
 
 import keras
 from keras import ops
 
+from keras_rgd._support.arguments import is_real
 from keras_rgd._support.vectors import Tensor
 from keras_rgd.spectral_measure import GramSpectrum, SpectralMeasure, largest_number
 
@@ -60,12 +60,10 @@ class Rule(abc.ABC):
         """The rule of `get_config`."""
         return cls(**config)
 
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
-    __hash__ = None
-
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
@@ -89,17 +87,17 @@ class Fraction(Rule):
             c = _number("c", c, 0, 1, "a float in (0, 1) or a keras LearningRateSchedule")
         self.c = c
 
-    def __call__(self, spectrum, iteration):
+    def __call__(self, spectrum: Measure, iteration: Any) -> Tensor:
         return ops.divide_no_nan(self._fraction(spectrum, iteration), spectrum.lambda_max)
 
-    def _fraction(self, spectrum, iteration):
+    def _fraction(self, spectrum: Measure, iteration: Any) -> Tensor:
         dtype = spectrum.lambda_max.dtype
         if isinstance(self.c, float):
             return ops.convert_to_tensor(self.c, dtype)
         # A schedule knows no bounds; the paper's eps < 1/M_x holds all the same.
         return ops.clip(ops.cast(self.c(iteration), dtype), 0, _JUST_UNDER)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         if isinstance(self.c, float):
             return {"c": self.c}
         return {"c": keras.saving.serialize_keras_object(self.c)}
@@ -126,13 +124,13 @@ class FractionOfMean(Fraction):
         super().__init__(c)
         self.decay = _number("decay", decay, 0, 1, "a float in (0, 1)")
 
-    def __call__(self, spectrum, iteration):
+    def __call__(self, spectrum: Measure, iteration: Any) -> Tensor:
         larger = spectrum.lambda_max
         if spectrum.mean_lambda_max is not None:
             larger = ops.maximum(larger, spectrum.mean_lambda_max)
         return ops.divide_no_nan(self._fraction(spectrum, iteration), larger)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"decay": self.decay}
 
 
@@ -151,17 +149,17 @@ class Fixed(Rule):
     def __init__(self, value: float):
         self.value = _number("value", value, 0, float("inf"), "a finite float >= 0", closed=True)
 
-    def __call__(self, spectrum, iteration):
+    def __call__(self, spectrum: Measure, iteration: Any) -> Tensor:
         return ops.minimum(self._told(spectrum), _below_bound(spectrum))
 
-    def was_cut(self, spectrum, epsilon):
+    def was_cut(self, spectrum: Measure, epsilon: Tensor) -> Tensor:
         return self._told(spectrum) > epsilon
 
-    def _told(self, spectrum):
+    def _told(self, spectrum: Measure) -> Tensor:
         value = ops.convert_to_tensor(self.value, spectrum.unit.dtype)
         return value * spectrum.unit * spectrum.unit
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"value": self.value}
 
 
@@ -182,7 +180,7 @@ class WeakField(Rule):
     def __init__(self, tolerance: float = 0.05):
         self.tolerance = _number("tolerance", tolerance, 0, 1, "a float in (0, 1)")
 
-    def __call__(self, spectrum, iteration):
+    def __call__(self, spectrum: Measure, iteration: Any) -> Tensor:
         spectrum = spectrum.quadrature()
         largest = _below_bound(spectrum, where_zero=0.0)
         low, high = ops.zeros_like(largest), ops.ones_like(largest)
@@ -194,7 +192,7 @@ class WeakField(Rule):
         fits = spectrum.weak_field_error(largest) <= self.tolerance
         return ops.where(fits, largest, low * largest)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"tolerance": self.tolerance}
 
 
@@ -233,7 +231,7 @@ def get(epsilon: Any) -> Rule:
         return epsilon
     if isinstance(epsilon, keras.optimizers.schedules.LearningRateSchedule):
         return Fraction(epsilon)
-    if isinstance(epsilon, numbers.Real) and 0 < epsilon < 1:
+    if is_real(epsilon) and 0 < epsilon < 1:
         return Fraction(epsilon)
     raise ValueError(
         "`epsilon` must be a float in (0, 1), the fraction of 1/M_x; a keras "
@@ -242,7 +240,7 @@ def get(epsilon: Any) -> Rule:
     )
 
 
-def _below_bound(spectrum, where_zero=None):
+def _below_bound(spectrum: Measure, where_zero: float | None = None) -> Tensor:
     dtype = spectrum.lambda_max.dtype
     where_zero = largest_number(dtype) if where_zero is None else where_zero
     just_under = ops.convert_to_tensor(_JUST_UNDER, dtype)
@@ -250,7 +248,9 @@ def _below_bound(spectrum, where_zero=None):
     return ops.where(spectrum.lambda_max > 0, below, where_zero)
 
 
-def _number(name, value, low, high, expected, closed=False):
+def _number(
+    name: str, value: Any, low: float, high: float, expected: str, closed: bool = False
+) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):

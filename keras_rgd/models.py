@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -16,12 +17,18 @@ from keras_rgd._keras.data import given, iterator_of, specs_of_given, symbols_of
 from keras_rgd._support import batches
 from keras_rgd.optimizer import NotADirectionError, inner_rgd
 
-Functional = keras_models.functional_class()
+Functional: Any = keras_models.functional_class()
+
+# What the mixin asks of the class that it is mixed into.
+if TYPE_CHECKING:
+    from keras import Model as _Model
+else:
+    _Model = object
 
 _SEEDS = "seed_generators.npz"
 
 
-class RGDMixin:
+class RGDMixin(_Model):
     """A training step that hands `RGD` per-example gradients.
 
     `class MyModel(keras_rgd.RGDMixin, keras.Model)` trains with `RGD`; with any other optimizer,
@@ -30,7 +37,7 @@ class RGDMixin:
     `return super().train_step((x, y, sample_weight))`.
     """
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Any]:
         """One step along (I - eps D) v, Eq. (10); other optimizers get their plain step."""
         optimizer = _by_example(self.optimizer)
         if optimizer is None:
@@ -53,7 +60,7 @@ class RGDMixin:
         x, y, sample_weight = batch
         return self.compute_metrics(x, y, gradients.y_pred, sample_weight=sample_weight)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """As the parent's; with RGD the first batch builds all that a traced step must not build.
 
         Raises:
@@ -62,7 +69,7 @@ class RGDMixin:
         """
         if self.train_function is not None and not force:
             return
-        self._step_state = None
+        self._step_state: Any = None  # a `_StepState`, with RGD
         super().make_train_function(force)
         if _by_example(self.optimizer) is None:
             return
@@ -77,7 +84,7 @@ class RGDMixin:
         if hidden is not None:
             raise ValueError(_HIDDEN.format(mine=type(self).__name__, theirs=hidden.__name__))
         self._step_state = _StepState(self)
-        self.train_function = self._preparing(self.train_function)
+        self.train_function: Any = self._preparing(self.train_function)
 
     def _preparing(self, train_function):
         """`train_function`, with what must happen on real data before its first step."""
@@ -140,14 +147,14 @@ class RGDMixin:
         )
         self._step_state.ways.choose(specs, batch.mapped(tf.convert_to_tensor))
 
-    def save_assets(self, path):
+    def save_assets(self, path: str | os.PathLike) -> None:
         """Write where the random numbers of the layers stand, which Keras does not."""
         states = {
             str(i): seed.state.numpy() for i, seed in enumerate(per_example.seed_generators(self))
         }
         np.savez(os.path.join(path, _SEEDS), **states)
 
-    def load_assets(self, path):
+    def load_assets(self, path: str | os.PathLike) -> None:
         """Go on with the random numbers where `save_assets` found them."""
         states = np.load(os.path.join(path, _SEEDS))
         for i, seed in enumerate(per_example.seed_generators(self)):

@@ -120,10 +120,13 @@ class DiffusionMonitor(keras.callbacks.Callback):
         self._losses, self._weights = losses, weights
         self._neglected = neglected_terms
         self._verbose = verbose
-        self._measured = self._measurement = self._geometry = None
+        # While a model trains: what is measured, its `Measurement`, and the `Geometry` if wanted.
+        self._measured: Any = None
+        self._measurement: Any = None
+        self._geometry: Geometry | None = None
         self._writer = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find out how this model is measured, and whether it can be, before it trains."""
         if self._log_dir is not None and self._writer is None:
             self._writer = tf.summary.create_file_writer(self._log_dir)
@@ -140,13 +143,13 @@ class DiffusionMonitor(keras.callbacks.Callback):
         self._measurement = Measurement(self._measured, batch, *self._options)
         self._geometry = Geometry(self._measured, *batch) if self._neglected else None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin anew with what RGD keeps of an epoch's steps."""
         rgd = inner_rgd(self.model.optimizer)
         if rgd is not None and rgd.built:
             rgd.reset_step_means()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measure, record, and put the main numbers into `logs`."""
         logs = {} if logs is None else logs
         optimizer = self.model.optimizer
@@ -173,7 +176,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
         if self._writer is not None:
             tensorboard.write(self._writer, record)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the TensorBoard file."""
         self._measured = self._measurement = self._geometry = None
         if self._writer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ from keras import ops
 from keras_rgd import epsilon as epsilon_rules
 from keras_rgd import optimizer_checks as checks
 from keras_rgd._keras import optimizers as keras_optimizers
-from keras_rgd._support.vectors import Vector
+from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.direction import direction_by_passes, direction_of
 from keras_rgd.optimizer_checks import NotADirectionError
@@ -78,27 +79,27 @@ class RGD(keras_optimizers.DirectedOptimizer):
 
     def __init__(
         self,
-        learning_rate=0.01,
-        epsilon=0.5,
-        momentum=0.0,
-        nesterov=False,
-        per_example="auto",
-        chunk_size=None,
-        microbatch_size=None,
-        window=None,
-        window_dtype=None,
-        batch_size=None,
-        weight_decay=None,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        loss_scale_factor=None,
-        gradient_accumulation_steps=None,
-        name="rgd",
-        **kwargs,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule | Callable = 0.01,
+        epsilon: Any = 0.5,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        per_example: str = "auto",
+        chunk_size: int | None = None,
+        microbatch_size: int | None = None,
+        window: int | None = None,
+        window_dtype: Any = None,
+        batch_size: int | None = None,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "rgd",
+        **kwargs: Any,
     ):
         super().__init__(
             learning_rate=learning_rate,
@@ -135,7 +136,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         """The rule for eps; fixed, as it is compiled into the step. For a change use a schedule."""
         return self._epsilon
 
-    def build(self, variables):
+    def build(self, variables: Sequence[Any]) -> None:
         """Create the state: momenta, the last step's scalars, and where an iteration goes on.
 
         They depend on the weights and the configuration alone, so that a saved state always fits.
@@ -149,10 +150,10 @@ class RGD(keras_optimizers.DirectedOptimizer):
                 self.add_variable_from_reference(variable, name="momentum")
                 for variable in variables
             ]
-        self._iteration = None
+        self._iteration: Any = None  # an `Iteration`, with `microbatch_size`
         if self.microbatch_size is not None:
             self._iteration = Iteration(self.add_variable_from_reference, variables)
-        self._window = None
+        self._window: Any = None  # a `GradientWindow`, with `window`
         if self.window is not None:
             self._window = make_window(self.add_variable, variables, self.window, self.window_dtype)
         self._values = StepValues(self._add_shared, self._add_scalar)
@@ -225,7 +226,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         self._values.reset_means()
 
     @contextlib.contextmanager
-    def applying_direction(self):
+    def applying_direction(self) -> Iterator[None]:
         """What is applied inside is a direction, not a plain gradient."""
         self._applies_direction = True
         try:
@@ -243,7 +244,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         with self.applying_direction():
             self.apply(direction, trainable_variables)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Apply gradients with `window`, and a direction without.
 
         Raises:
@@ -286,7 +287,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         checks.check_window_is_filled(self)
         return DiffusionMatrix(WindowGradients(self._window, self.batch_size or 1))
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
         """The update of `keras.optimizers.SGD`, of one variable along its direction."""
         self._check_directed()
         learning_rate = keras.ops.cast(learning_rate, variable.dtype)
@@ -299,7 +300,7 @@ class RGD(keras_optimizers.DirectedOptimizer):
         self.assign(velocity, velocity * momentum - step)
         self.assign_add(variable, velocity * momentum - step if self.nesterov else velocity)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serializable."""
         config = super().get_config()
         config.update(

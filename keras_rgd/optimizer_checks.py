@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import keras
 
-from keras_rgd._support.arguments import check_way, is_count
+from keras_rgd._support.arguments import check_way, is_count, is_real
 from keras_rgd.epsilon import Fixed, Rule
 
 WINDOW_DTYPES = ("bfloat16", "float32", "float64")
@@ -37,7 +36,7 @@ class NotADirectionError(ValueError):
 
 def check_momentum(momentum: Any, nesterov: Any) -> None:
     """Raise `ValueError` unless these are the momentum of `keras.optimizers.SGD`."""
-    if not isinstance(momentum, numbers.Real) or not 0 <= momentum <= 1:
+    if not is_real(momentum) or not 0 <= momentum <= 1:
         raise ValueError(f"`momentum` must be a float in [0, 1]. Received: momentum={momentum!r}")
     if not isinstance(nesterov, bool):
         raise ValueError(f"`nesterov` must be True or False. Received: nesterov={nesterov!r}")
@@ -91,10 +90,10 @@ def checked_window_dtype(size: Any, dtype: Any, batch_size: Any, rule: Rule) -> 
             f"from, or None. Received: window={size!r}"
         )
     try:
-        name = dtype if dtype is None else keras.backend.standardize_dtype(dtype)
+        dtype_name = dtype if dtype is None else keras.backend.standardize_dtype(dtype)
     except (TypeError, ValueError):
-        name = ""
-    if name not in (None, *WINDOW_DTYPES):
+        dtype_name = ""
+    if dtype_name not in (None, *WINDOW_DTYPES):
         raise ValueError(
             f"`window_dtype` must be one of {', '.join(map(repr, WINDOW_DTYPES))}, or None for the "
             f"weights' dtype. Received: window_dtype={dtype!r}"
@@ -109,7 +108,7 @@ def checked_window_dtype(size: Any, dtype: Any, batch_size: Any, rule: Rule) -> 
             "keras_rgd.RGD(..., epsilon=keras_rgd.epsilon.Fixed(value), window=32, batch_size=64) "
             "with the number of examples in your batches. Received: batch_size=None"
         )
-    return name
+    return dtype_name
 
 
 def check_ready(optimizer: Any, gradients: Any) -> None:

@@ -47,8 +47,9 @@ def plot_spectrum(
     rank, cut, factor = _rank(last)
     label = rf"cut $\lambda_{{max}}\,{factor}$: rank {rank}"
     ax.axhline(cut, color="tab:gray", ls="--", lw=1, label=label)
-    if getattr(last, "epsilon", 0) > 0:
-        ax.axhline(1 / last.epsilon, color="tab:red", ls=":", lw=1.5, label=r"$1/\epsilon$")
+    epsilon = getattr(last, "epsilon", 0)
+    if epsilon > 0:
+        ax.axhline(1 / epsilon, color="tab:red", ls=":", lw=1.5, label=r"$1/\epsilon$")
     ax.set_xlabel("index of the eigenvalue")
     ax.set_ylabel("eigenvalue of D")
     n = last.n_examples if isinstance(last, Spectrum) else last.examples

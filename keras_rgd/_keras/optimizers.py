@@ -1,5 +1,10 @@
 """What happens inside of a Keras optimizer's update, on every backend of Keras."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 _NOT_DIRECTED = """\
@@ -35,7 +40,7 @@ class DirectedOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         # Kept between the calls that follow: with several replicas another thread makes the last.
         self._places, self._directed = None, False
         super().apply(grads, trainable_variables)

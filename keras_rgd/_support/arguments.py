@@ -31,4 +31,11 @@ def check_training(training: Any) -> None:
 
 def is_count(value: Any) -> bool:
     """Whether `value` is a positive integer."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_integer and value > 0
+
+
+def is_real(value: Any) -> bool:
+    """Whether `value` is a real number: a Python float or integer, or one of numpy's."""
+    # Type checkers do not know that a float is a `numbers.Real`.
+    return isinstance(value, numbers.Real)

@@ -6,7 +6,7 @@ three squarings take milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from keras import ops
@@ -155,7 +155,7 @@ def moments_measure(lambda_max: Tensor, first: Tensor, second: Tensor) -> tuple[
 
 
 def golub_kahan_top(
-    dot: Callable[[Vector], tuple[Tensor, Tensor]],
+    dot: Callable[[Vector], Iterable[Tensor]],
     combine: Callable[[Tensor], Vector],
     alpha: Tensor,
     v: Vector,

@@ -7,6 +7,7 @@ Each has a function that says what it would hold beside the data, in bytes, of w
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -54,7 +55,8 @@ def gram(passes: Passes, block: int) -> Eigenvalues:
     k = np.empty((n, n))
     for start in range(0, n, block):
         end = min(start + block, n)
-        held, at = None, start
+        held: Any = None  # an array from the first rows on
+        at = start
         what = f"Gram matrix, examples {start:,} to {end:,} of {n:,}"
         for rows in passes.centred_rows(what, start):
             if at < end:

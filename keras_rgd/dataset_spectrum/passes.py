@@ -122,9 +122,10 @@ class Passes:
         """The g_i - gbar of one batch after another, each (n, d)."""
         mean = self.mean.astype(self.dtype)
         for gradients in self.gradients(what, start):
-            rows = [np.reshape(r, (gradients.n_examples, -1)) for r in gradients.rows()]
+            parts = [np.reshape(r, (gradients.n_examples, -1)) for r in gradients.rows()]
             del gradients
-            rows = np.concatenate(rows, axis=1)
+            rows = np.concatenate(parts, axis=1)
+            del parts
             rows -= mean
             yield rows
             del rows  # before the next are made

@@ -20,8 +20,16 @@ from keras_rgd.per_example.traces import specs_of, structure, with_any_size
 _HALF = {"float16", "bfloat16"}
 _LOOPS = {"While", "StatelessWhile"}
 
-_OPERATIONS = ("losses", "loss_and_gradient", "loss_hessian", "dot", "combine")
-_OPERATIONS += ("hessian", "second", "third")
+_OPERATIONS = (
+    "losses",
+    "loss_and_gradient",
+    "loss_hessian",
+    "dot",
+    "combine",
+    "hessian",
+    "second",
+    "third",
+)
 
 
 class Derivatives:

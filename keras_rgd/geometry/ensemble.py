@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import time
 
 import numpy as np
 import tensorflow as tf
 
-from keras_rgd._support.arguments import is_count
+from keras_rgd._support.arguments import is_count, is_real
 from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
 from keras_rgd.per_example.losses import ExampleLosses
 from keras_rgd.per_example.memory import remembered
@@ -81,7 +80,7 @@ def run_ensemble(
     for name, value in counts.items():
         if not is_count(value):
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    if not isinstance(learning_rate, numbers.Real) or not learning_rate > 0:
+    if not is_real(learning_rate) or not learning_rate > 0:
         raise ValueError(
             f"`learning_rate` must be a positive number. Received: learning_rate={learning_rate!r}"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import time
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ import numpy as np
 import scipy.integrate
 import tensorflow as tf
 
+from keras_rgd._support.arguments import is_real
 from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
 from keras_rgd.diffusion_matrix import NotFiniteError
 from keras_rgd.geometry.equations import Equation
@@ -201,7 +201,7 @@ def _message(solved, end, limit):
 
 
 def _checked_times(times, duration):
-    if not (isinstance(duration, numbers.Real) and 0 < duration < math.inf):
+    if not (is_real(duration) and 0 < duration < math.inf):
         raise ValueError(f"`duration` must be a positive number. Received: duration={duration!r}")
     if times is None:
         return None

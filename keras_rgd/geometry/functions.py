@@ -38,7 +38,13 @@ def christoffel(
 
 
 def gradient_flow(
-    model: keras.Model, x: Any, y: Any, duration: float, *, sample_weight: Any = None, **options
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    duration: float,
+    *,
+    sample_weight: Any = None,
+    **options: Any,
 ) -> Flow:
     """dx/dt = -grad L(x) from the model's weights on; see `Geometry.gradient_flow`."""
     return Geometry(model, x, y, sample_weight).gradient_flow(duration, **options)
@@ -52,7 +58,7 @@ def rgd_flow(
     epsilon: float | Rule,
     *,
     sample_weight: Any = None,
-    **options,
+    **options: Any,
 ) -> Flow:
     """dx/dt = -(I - eps D) grad L(x), Eq. (10); see `Geometry.rgd_flow`."""
     return Geometry(model, x, y, sample_weight).rgd_flow(duration, epsilon, **options)
@@ -69,7 +75,7 @@ def geodesic_flow(
     exact: bool = False,
     force: bool = True,
     sample_weight: Any = None,
-    **options,
+    **options: Any,
 ) -> Flow:
     """The geodesic of I + eps D under the loss's force, Eq. (8); see `Geometry.geodesic_flow`."""
     return Geometry(model, x, y, sample_weight).geodesic_flow(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_rgd._support.arguments import is_count
@@ -85,7 +87,7 @@ class Geometry(WeightSpace):
             lowered = self.lowered_christoffel(u, v, eps, grad_epsilon)
             return inverse_product(D, eps, lowered) if exact else lowered
 
-    def gradient_flow(self, duration: float, **options) -> Flow:
+    def gradient_flow(self, duration: float, **options: Any) -> Flow:
         """dx/dt = -grad L(x) from the model's weights on, the limit of gradient descent.
 
         Args:
@@ -110,7 +112,7 @@ class Geometry(WeightSpace):
         with self.visiting(often=True):
             return integrate(GradientDescent(self), duration, **options)
 
-    def rgd_flow(self, duration: float, epsilon: float | Rule, **options) -> Flow:
+    def rgd_flow(self, duration: float, epsilon: float | Rule, **options: Any) -> Flow:
         """dx/dt = -(I - eps D) grad L(x), Eq. (10), from the model's weights on.
 
         Args:
@@ -135,7 +137,7 @@ class Geometry(WeightSpace):
         velocity: list | None = None,
         exact: bool = False,
         force: bool = True,
-        **options,
+        **options: Any,
     ) -> Flow:
         r"""The geodesic of I + eps D under the force of the loss, Eq. (8), from the weights on.
 
@@ -167,7 +169,12 @@ class Geometry(WeightSpace):
             return integrate(Geodesic(self, epsilon, velocity, exact, force), duration, **options)
 
     def neglected_terms(
-        self, flow: Flow, *, epsilon: float | Rule | None = None, nodes: int = 5, verbose=True
+        self,
+        flow: Flow,
+        *,
+        epsilon: float | Rule | None = None,
+        nodes: int = 5,
+        verbose: bool = True,
     ) -> NeglectedTerms:
         """The terms that Eq. (10) lacks, along a flow, whatever equation it follows.
 

@@ -51,7 +51,7 @@ class NeglectedTerms:
     imbalance: np.ndarray  # (T,), |left - right| of Eq. (8) as above: on a geodesic rounding
 
     def relative(self, name: str) -> np.ndarray:
-        """A term over |grad L| at the same time, shape (T,)."""
+        """A term over |grad L| of the same instant, shape (T,)."""
         return getattr(self, name) / self.gradient
 
     @property

@@ -7,6 +7,7 @@ Cov_i(g_i, <g_i, v>), and moving the weights along u changes D by the product ru
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rgd._support import centring, vectors
+from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.geometry.derivatives import Derivatives
 from keras_rgd.per_example.measuring import as_batch, way_for
@@ -45,7 +47,7 @@ class WeightSpace:
             pass  # refused here, if at all
 
     @contextlib.contextmanager
-    def visiting(self, often=False):
+    def visiting(self, often: bool = False) -> Iterator[None]:
         """Whatever runs inside, the model's weights and states end as they began.
 
         Args:
@@ -93,30 +95,32 @@ class WeightSpace:
         with self.visiting():
             return self.derivatives.loss_and_gradient()[1]
 
-    def covariance(self, a):
+    def covariance(self, a: Tensor) -> Vector:
         """Cov_i(a_i, g_i), for a of shape (N,)."""
         return self.derivatives.combine(self._centred(a))
 
-    def covariance_hessian(self, a, u):
+    def covariance_hessian(self, a: Tensor, u: Vector) -> Vector:
         """Cov_i(a_i, H_i u)."""
         return self.derivatives.hessian(self._centred(a), u)
 
-    def covariance_third(self, a, u, v):
+    def covariance_third(self, a: Tensor, u: Vector, v: Vector) -> Vector:
         """Cov_i(a_i, T_i(u, v)), with T_i(u, v) the gradient of <u, H_i v>."""
         return self.derivatives.third(self._centred(a), u, v)
 
-    def product(self, v):
+    def product(self, v: Vector) -> Vector:
         """D v, by derivatives that are traced already; `DiffusionMatrix` would trace its own."""
         return self.covariance(self.derivatives.dot(v))
 
-    def product_change(self, u, v):
+    def product_change(self, u: Vector, v: Vector) -> Vector:
         """(d/du D) v, the derivative of D along u, times v."""
         return vectors.add(
             self.covariance_hessian(self.derivatives.dot(v), u),
             self.covariance(self.derivatives.second(u, v)),
         )
 
-    def lowered_christoffel(self, u, v, epsilon, epsilon_gradient=None):
+    def lowered_christoffel(
+        self, u: Vector, v: Vector, epsilon: float, epsilon_gradient: Vector | None = None
+    ) -> Vector:
         """The lowered Christoffel symbols Gamma_kij u^i v^j of g = I + eps D, exactly.
 
         eps Cov_i(<u, H_i v>, g_i), Eq. (7); and where eps has a gradient e also
@@ -131,7 +135,7 @@ class WeightSpace:
         result = vectors.add(result, Du, vectors.inner(e, v) / 2)
         return vectors.add(result, e, -vectors.inner(u, Dv) / 2)
 
-    def vector(self, v, name):
+    def vector(self, v: Any, name: str) -> list[tf.Tensor]:
         """v as a list of tensors shaped as the weights and of their dtype.
 
         Raises:
@@ -146,11 +150,11 @@ class WeightSpace:
             )
         return [tf.cast(tf.convert_to_tensor(t), self.dtype) for t in v]
 
-    def flat_weights(self):
+    def flat_weights(self) -> np.ndarray:
         """The trainable weights as one numpy vector, float64, shape (d,)."""
         return vectors.flatten([w.numpy() for w in self.weights]).astype(np.float64)
 
-    def move_to(self, position):
+    def move_to(self, position: np.ndarray) -> None:
         """Set the trainable weights to a numpy vector of shape (d,)."""
         for w, value in zip(self.weights, vectors.unflatten(position, self.weights), strict=True):
             w.assign(value)

@@ -75,7 +75,14 @@ def choose_way(
     return ways.in_microbatches(losses, way, size)
 
 
-def _way(losses, wanted, specs, batch, sizes, n=None):
+def _way(
+    losses: ExampleLosses,
+    wanted: Wanted,
+    specs: Batch,
+    batch: Batch | None,
+    sizes: Batch | None,
+    n: int | None = None,
+) -> ways.Way:
     """As `choose_way`, for batches that are taken whole; N where `specs` leaves it open."""
     n = n or specs.known_size or (None if sizes is None else sizes.known_size)
     if wanted.per_example == "vectorized_map":
@@ -91,7 +98,14 @@ def _way(losses, wanted, specs, batch, sizes, n=None):
         return ways.double_backward(losses, error.reason, wanted.chunk_size)
 
 
-def _layerwise(losses, wanted, specs, batch, sizes, n):
+def _layerwise(
+    losses: ExampleLosses,
+    wanted: Wanted,
+    specs: Batch,
+    batch: Batch | None,
+    sizes: Batch | None,
+    n: int | None,
+) -> ways.Way:
     if losses.model.run_eagerly:
         raise NotExactError(
             "With run_eagerly=True there is no traced step to read.",
@@ -159,7 +173,7 @@ class StepWays:
         way = self._ways.get(self._key(batch)) or self.choose(specs_of(batch))
         return way(batch, loss_scale)
 
-    def _key(self, batch):
+    def _key(self, batch: Batch) -> tuple:
         """What is known of a step when it is traced: shapes, and what is trained."""
         model = self._losses.model
         trained = tuple(id(v) for v in model.trainable_variables)

@@ -125,7 +125,7 @@ class PerExampleGradients(abc.ABC):
         if center is None:
             center = [ops.zeros(w.shape, self.dtype) for w in self.weights]
 
-        def column(e):
+        def column(e: Tensor) -> Tensor:
             """<(g_i - c) / unit, h> for h = (g_j - c) / unit; e is the unit vector of j."""
             h = vectors.scale(vectors.add(self.combine(e), center, -1.0), 1 / unit)
             return (self.dot(h) - vectors.inner(center, h)) / unit
@@ -158,7 +158,7 @@ class PerExampleGradients(abc.ABC):
             The factors, shape (m, N); a list of tensors (m, *weight shape).
         """
 
-        def one(given):
+        def one(given: tuple[Vector, Tensor]) -> tuple[Tensor, Vector]:
             vector, mean = given
             k = self.dot(vector) - mean
             return k, self.combine(k)
@@ -268,6 +268,6 @@ def gram_of_rows(rows: Iterable[Tensor], center: Vector | None, unit: Any) -> Te
     return total
 
 
-def _matrix(tensor):
+def _matrix(tensor: Tensor) -> Tensor:
     # Of known length, as a weight may have no entries.
     return ops.reshape(tensor, [ops.shape(tensor)[0], int(np.prod(tensor.shape[1:]))])

@@ -7,6 +7,7 @@ how much the batch's loss changes with that example's weight.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -37,7 +38,7 @@ class ExampleLosses:
 
     def __init__(self, model: keras.Model, training: bool):
         self.model, self.training = model, training
-        self._ranks: dict = {}
+        self._ranks: dict[tuple, dict[tuple, int]] = {}
 
     @property
     def weights(self) -> list:
@@ -95,7 +96,7 @@ class ExampleLosses:
             arguments["training"] = self.training
         return tf.convert_to_tensor(self.model.compute_loss(**arguments))
 
-    def _weights(self, batch, y_pred, u):
+    def _weights(self, batch: Batch, y_pred: Any, u: Any) -> Any:
         """u times the user's weights, for each loss in the rank of that loss's values.
 
         A loss over time has values (N, T): weights of shape (N,) would not broadcast, or at N = T
@@ -108,7 +109,7 @@ class ExampleLosses:
             return keras.tree.map_structure(lambda s: u if s is u else _times(u, s, 1), given)
         if list(ranks) == [()]:
             return _times(u, user, ranks[()])
-        nested = {}
+        nested: dict = {}
         for path, rank in ranks.items():
             own = user
             if own is not None and keras.tree.is_nested(own):
@@ -120,7 +121,7 @@ class ExampleLosses:
             place[path[-1]] = _times(u, own, rank)
         return nested
 
-    def _ranks_for(self, batch, y_pred):
+    def _ranks_for(self, batch: Batch, y_pred: Any) -> dict[tuple, int]:
         """The rank of each compiled loss's values, by its path in the model's output."""
         given = (batch.x, batch.y, y_pred)
         flat = keras.tree.flatten(given)
@@ -129,16 +130,16 @@ class ExampleLosses:
             self._ranks[key] = self._asked_ranks(given, flat)
         return self._ranks[key]
 
-    def _asked_ranks(self, given, flat):
+    def _asked_ranks(self, given: tuple, flat: list) -> dict[tuple, int]:
         """The losses are asked themselves, in a graph that is never run, so no metric moves."""
 
-        def compute(*tensors):
-            tensors = iter(tensors)
-            packed = [None if t is None else next(tensors) for t in flat]
+        def compute(*tensors: Any) -> Any:
+            rest = iter(tensors)
+            packed = [None if t is None else next(rest) for t in flat]
             x, y, y_pred = keras.tree.pack_sequence_as(given, packed)
             return self.total(Batch(x, y), y_pred)
 
-        def trace():
+        def trace() -> None:
             specs = [tf.type_spec_from_value(t) for t in flat if t is not None]
             tf.function(compute, autograph=False).get_concrete_function(*specs)
 
@@ -152,7 +153,7 @@ class ExampleLosses:
         return [loss for _, loss in losses_by_path(self.model) or []]
 
 
-def what_losses_read(y_pred):
+def what_losses_read(y_pred: Any) -> list:
     """The tensors of a model's output that a loss may read, a flat list.
 
     Keras lets a softmax or a sigmoid carry its logits, and its losses then read those instead.
@@ -161,13 +162,13 @@ def what_losses_read(y_pred):
     return outputs + [logits_of(t) for t in outputs if logits_of(t) is not None]
 
 
-def replaced(y_pred, function):
+def replaced(y_pred: Any, function: Callable) -> Any:
     """A model's output with `function` applied to each floating tensor that a loss may read.
 
     What Keras hangs on a tensor, its logits and its mask, comes along.
     """
 
-    def one(tensor):
+    def one(tensor: Any) -> Any:
         if not tf.is_tensor(tensor) or not tensor.dtype.is_floating:
             return tensor
         new, logits = function(tensor), logits_of(tensor)
@@ -177,12 +178,12 @@ def replaced(y_pred, function):
     return keras.tree.map_structure(one, y_pred)
 
 
-def has_mask(y_pred):
+def has_mask(y_pred: Any) -> bool:
     """Whether an output that a loss may read carries a mask, whose losses count valid steps."""
     return any(mask_of(t) is not None for t in what_losses_read(y_pred))
 
 
-def _times(u, user, rank):
+def _times(u: Any, user: Any, rank: int) -> Any:
     if user is not None:
         user = tf.convert_to_tensor(user)
         rank = max(rank, user.shape.rank)
@@ -191,24 +192,25 @@ def _times(u, user, rank):
     return u if user is None else u * user
 
 
-def _expanded(tensor, rank):
+def _expanded(tensor: Any, rank: int) -> list:
     shape = [s if s is not None else tf.shape(tensor)[i] for i, s in enumerate(tensor.shape)]
     return shape + [1] * (rank - tensor.shape.rank)
 
 
-def _recorded_ranks(losses, trace):
+def _recorded_ranks(losses: list[tuple[tuple, Any]], trace: Callable[[], None]) -> dict[tuple, int]:
     """The ranks by path, from what the compiled losses return while `trace()` runs.
 
     Args:
         losses: pairs of a path in the model's output and a loss.
         trace: a function that calls the losses in that order.
     """
-    calls, ranks = [], {}
+    calls: list[tuple[Any, int]] = []
+    ranks: dict[tuple, int] = {}
     for _, loss in losses:
         _check_reduction(loss)
 
-    def recorded(loss, call):
-        def recorded_call(y_true, y_pred):
+    def recorded(loss: Any, call: Callable) -> Callable:
+        def recorded_call(y_true: Any, y_pred: Any) -> Any:
             values = call(y_true, y_pred)
             _check_values(loss, values)
             calls.append((loss, len(values.shape)))
@@ -240,7 +242,7 @@ _NOT_LINEAR = (
 )
 
 
-def _check_scalar(loss):
+def _check_scalar(loss: Any) -> None:
     if loss.shape.rank != 0:
         raise ValueError(
             "The loss must be reduced to a scalar over the batch. Expected a loss with "
@@ -249,7 +251,7 @@ def _check_scalar(loss):
         )
 
 
-def _check_reduction(loss):
+def _check_reduction(loss: Any) -> None:
     if getattr(loss, "reduction", None) == "mean_with_sample_weight":
         raise ValueError(
             "reduction='mean_with_sample_weight' divides by the sum of the sample weights, so the "
@@ -258,7 +260,7 @@ def _check_reduction(loss):
         )
 
 
-def _check_values(loss, values):
+def _check_values(loss: Any, values: Any) -> None:
     if len(values.shape) == 0:
         raise ValueError(
             "A loss must return one value for each example, shape (N, ...); one scalar for the "

@@ -64,22 +64,29 @@ def measuring_way(
     specs = specs_of(batch)
     key = (measuring_way, training, per_example, chunk_size, precise, structure(specs))
 
-    def choose():
+    def choose() -> ways.Way:
         losses = ExampleLosses(model, training)
         return _chosen(losses, batch, specs, per_example, chunk_size, precise)
 
     return remembered(model, key, choose)
 
 
-def _chosen(losses, batch, specs, per_example, chunk_size, precise):
-    if chunk_size is None and per_example != "layerwise":
+def _chosen(
+    losses: ExampleLosses,
+    batch: Batch,
+    specs: Batch,
+    per_example: str,
+    chunk_size: int | None,
+    precise: bool,
+) -> ways.Way:
+    if per_example == "layerwise":
+        return _layerwise(losses, batch, specs, precise)
+    if chunk_size is None:
         chunk_size = ways.examples_that_fit(losses)
-    if per_example in ("auto", "layerwise"):
+    if per_example == "auto":
         try:
             return _layerwise(losses, batch, specs, precise)
         except NotExactError as error:
-            if per_example == "layerwise":
-                raise
             return _without_layerwise(losses, batch, specs, chunk_size, error.reason)
     if per_example == "vectorized_map":
         check_vectorized_map(losses, specs, batch)
@@ -87,14 +94,16 @@ def _chosen(losses, batch, specs, per_example, chunk_size, precise):
     return measured(losses, ways.double_backward(losses, "as asked for", chunk_size))
 
 
-def _layerwise(losses, batch, specs, precise):
+def _layerwise(losses: ExampleLosses, batch: Batch, specs: Batch, precise: bool) -> ways.Way:
     options = LayerwiseOptions(n=batch.size, precise=precise)
     repeats = check_layerwise(losses, specs, options, batch).repeats
     options = LayerwiseOptions(n=batch.size, precise=precise, repeats=repeats)
     return measured(losses, ways.layerwise(losses, options, "examples do not mix"))
 
 
-def _without_layerwise(losses, batch, specs, chunk_size, reason):
+def _without_layerwise(
+    losses: ExampleLosses, batch: Batch, specs: Batch, chunk_size: int, reason: str
+) -> ways.Way:
     """The way where "layerwise" is not exact, for a reason."""
     try:
         check_one_at_a_time(losses, specs, batch)
@@ -105,12 +114,12 @@ def _without_layerwise(losses, batch, specs, chunk_size, reason):
     return _one_at_a_time(losses, name, reason, chunk_size)
 
 
-def _one_at_a_time(losses, name, reason, chunk_size):
+def _one_at_a_time(losses: ExampleLosses, name: str, reason: str, chunk_size: int) -> ways.Way:
     """One example after the other, each run of the model a graph function."""
     rows = rows_function(losses, one_by_one if name == "one_by_one" else vectorized)
     make = functools.partial(VectorizedMap, losses, rows=rows, way=name)
 
-    def measure(batch, loss_scale):
+    def measure(batch: Batch, loss_scale: Any) -> VectorizedMap:
         whole = chunk_size >= batch.size
         with unchanged(losses.model):
             return make(batch, loss_scale, chunk_size=None if whole else chunk_size)
@@ -118,7 +127,7 @@ def _one_at_a_time(losses, name, reason, chunk_size):
     return ways.Way(name, reason, measure)
 
 
-def check_measurable(model):
+def check_measurable(model: keras.Model) -> None:
     """Raise `ValueError` where nothing that a measurement could read gives the examples' losses."""
     check_model(model)
     own = _overriding(model, "train_step")
@@ -142,7 +151,7 @@ def check_measurable(model):
         )
 
 
-def _overriding(model, name):
+def _overriding(model: keras.Model, name: str) -> type | None:
     """The class of the user's that has a method of its own by this name, or `None`."""
     cls = next(c for c in type(model).__mro__ if name in vars(c))
     return None if cls.__module__.split(".")[0] in ("keras", "keras_rgd") else cls
@@ -165,17 +174,30 @@ def as_batch(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = Non
     return batch
 
 
-def way_for(model, batch, training, per_example, chunk_size, precise=True):
+def way_for(
+    model: keras.Model,
+    batch: Batch,
+    training: bool,
+    per_example: str,
+    chunk_size: int | None,
+    precise: bool = True,
+) -> ways.Way:
     """The `Way` for batches like this one, on which it is chosen; see `measuring_way`."""
     if not model.built:
         build(model, batch.x)
     if not model.trainable_variables:
         raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
-    options = dict(per_example=per_example, chunk_size=chunk_size, precise=precise)
     check_way(per_example, chunk_size)
-    return measuring_way(model, batch, training=training, **options)
+    return measuring_way(
+        model,
+        batch,
+        training=training,
+        per_example=per_example,
+        chunk_size=chunk_size,
+        precise=precise,
+    )
 
 
-def build(model, x):
+def build(model: keras.Model, x: Any) -> None:
     """Make a model's weights as its first step would; nothing is computed, and no seed goes on."""
     model(mapped(lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), x))

@@ -59,18 +59,18 @@ def forget(model: keras.Model) -> None:
 class _Memory:
     """What was made for one state of a model's structure."""
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         # Held, so that no other object can have the identity of one of these.
         self._objects, self._values = _structure(model)
-        self._made = {}
+        self._made: dict[Hashable, Any] = {}
 
-    def is_of(self, model):
+    def is_of(self, model: keras.Model) -> bool:
         """Whether the model is what it was."""
         objects, values = _structure(model)
         same = len(objects) == len(self._objects) and values == self._values
         return same and all(a is b for a, b in zip(objects, self._objects, strict=True))
 
-    def get(self, key, make):
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What was made for a key, the last ones used being kept."""
         made = self._made.pop(key) if key in self._made else make()
         self._made[key] = made
@@ -79,7 +79,7 @@ class _Memory:
         return made
 
 
-def _structure(model):
+def _structure(model: keras.Model) -> tuple[list, tuple]:
     """What a trace of the model's loss depends on: objects, and values to be compared."""
     layers = list(layers_of(model))
     weights = model.variables

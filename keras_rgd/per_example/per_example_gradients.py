@@ -45,7 +45,8 @@ def per_example_gradients(
         )
     batch = Batch(x, y, sample_weight).mapped(tf.convert_to_tensor)
     check_training(training)
-    lengths = {Batch(part).known_size for part in batch if part is not None} - {None}
+    sizes = (Batch(part).known_size for part in batch if part is not None)
+    lengths = {size for size in sizes if size is not None}
     if len(lengths) > 1:
         raise ValueError(
             "Inputs, targets and sample weights must have one axis 0, of the examples. Received: "
