@@ -16,7 +16,9 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import cases  # noqa: E402
 import keras  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import reference  # noqa: E402
 import steps  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
@@ -26,13 +28,15 @@ TESTS_BETWEEN_CLEARINGS = 20
 class ModelScheduling(LoadScopeScheduling):
     """Tests that use one model go to one process, which traces each of its steps once.
 
-    Tests of a case go together, by the case's name among a test's parameters; all others by their
-    file. Marks of groups would say the same, but do nothing with pytest 9.2 and xdist 3.8.
+    Tests of a case or network go together, by its name among a test's parameters; all others by
+    their file. Marks of groups would say the same, but do nothing with pytest 9.2 and xdist 3.8.
     """
+
+    names = {*cases.BY_NAME, "mlp", "convolution", "linear", "points"}
 
     def _split_scope(self, nodeid):
         parameters = nodeid.partition("[")[2].rstrip("]").split("-")
-        return next((p for p in parameters if p in cases.BY_NAME), nodeid.partition("::")[0])
+        return next((p for p in parameters if p in self.names), nodeid.partition("::")[0])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -64,6 +68,16 @@ def _fresh(request):
         # TensorFlow keeps what it made of each graph that ran.
         keras.utils.clear_session()
         gc.collect()
+
+
+@pytest.fixture
+def network(request):
+    """A network of `networks`, by its name; whatever is asked of it, its weights stay."""
+    import networks
+
+    network = networks.built(request.param)
+    yield network
+    np.testing.assert_array_equal(reference.flatten(network.model.get_weights()), network.start)
 
 
 @pytest.fixture

@@ -1,23 +1,12 @@
 """The geometry written out with d x d and d x d x d arrays, in float64, by JAX."""
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.integrate
 
-
-@contextlib.contextmanager
-def x64():
-    """JAX computes in float64 inside."""
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
+jax.config.update("jax_enable_x64", True)
 
 
 class DenseGeometry:
@@ -47,8 +36,7 @@ class DenseGeometry:
 
         @functools.wraps(function)
         def run(x):
-            with x64():
-                return np.asarray(compiled(jnp.asarray(x, jnp.float64)))
+            return np.asarray(compiled(jnp.asarray(x, jnp.float64)))
 
         return run
 
@@ -93,10 +81,3 @@ class DenseGeometry:
         if exact:
             pull = np.linalg.solve(self.g(x, epsilon), pull)
         return pull - np.einsum("wuv,u,v->w", self.christoffel(x, epsilon, exact), x1, x1)
-
-    def follow(self, slope, state, duration, times):
-        """The states of an ordinary differential equation at some moments, by LSODA's relative."""
-        solved = scipy.integrate.solve_ivp(
-            lambda t, s: slope(s), (0, duration), state, "Radau", times, rtol=1e-10, atol=1e-12
-        )
-        return solved.y.T

@@ -95,26 +95,37 @@ def compiled(model, x, y, sample_weight=None, loss_shape=(), training=True, jit_
 
     For layers that draw random numbers: which ones depends on the dtype and on XLA.
     """
-    n = len(keras.tree.flatten(x)[0])
+    return traced(model, loss_shape, training, jit_compile)(x, y, sample_weight)
+
+
+def traced(model, loss_shape=(), training=True, jit_compile=False):
+    """A function (x, y, sample_weight) -> `Dense`, as `compiled`, at the model's weights of then.
+
+    It is traced once for each shape of batch: where `eager` would be called for many points.
+    """
     variables = [v.value for v in model.trainable_variables]
 
     @tf.function(jit_compile=jit_compile, autograph=False)
-    def gradient(weights):
+    def gradient(x, y, weights):
         with tf.GradientTape() as tape:
             y_pred = _call(model, x, training)
             loss = _loss(model, x, y, y_pred, weights, training)
         return tape.gradient(loss, variables, unconnected_gradients=_ZERO), loss
 
-    def restarted(weights):
-        with unchanged(model):
-            gradients, loss = gradient(weights)
-        return _flat(gradients), float(loss)
+    def dense(x, y, sample_weight=None):
+        n = len(keras.tree.flatten(x)[0])
+        x, y = (keras.tree.map_structure(tf.convert_to_tensor, t) for t in (x, y))
 
-    ones = _weights(np.ones(n), sample_weight, loss_shape)
-    v, loss = restarted(ones)
-    r, _ = restarted(_weights(np.zeros(n), sample_weight, loss_shape))
-    rows = [restarted(_weights(e, sample_weight, loss_shape))[0] for e in np.eye(n)]
-    return Dense(np.array([n * (row - r) for row in rows]), v, loss)
+        def restarted(e):
+            with unchanged(model):
+                gradients, loss = gradient(x, y, _weights(e, sample_weight, loss_shape))
+            return _flat(gradients), float(loss)
+
+        v, loss = restarted(np.ones(n))
+        r, _ = restarted(np.zeros(n))
+        return Dense(np.array([n * (restarted(e)[0] - r) for e in np.eye(n)]), v, loss)
+
+    return dense
 
 
 @contextlib.contextmanager

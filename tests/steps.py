@@ -14,16 +14,6 @@ import keras_rgd
 MODES = ("graph", "xla")
 
 
-def modes(way, name):
-    """The modes in which a case's step is taken.
-
-    XLA compiles what "auto" takes for every case, the rest for one case of each kind: compiling all
-    would take minutes.
-    """
-    auto = "double_backward" if cases.BY_NAME[name].opaque else "layerwise"
-    return MODES if way == auto or name in cases.ONE_OF_EACH_KIND else MODES[:1]
-
-
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What one `train_on_batch` with learning rate 1 and momentum 0 did, as numpy arrays."""
@@ -34,7 +24,7 @@ class Step:
     weak_field_error: float
     state: list  # seeds and moving statistics after the step
     logs: dict
-    refusal: ValueError | None = None
+    refusal: str | None = None  # its words alone: a traceback would keep models in memory
     choice: str = ""  # of a way, and why
 
 
@@ -85,7 +75,7 @@ def take(case, model, optimizer, mode="graph"):
             x, y, sample_weight, class_weight=case.class_weight, return_dict=True
         )
     except ValueError as error:
-        refusal = error
+        refusal = str(error)
     after = [w.numpy() for w in model.trainable_variables]
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     values = (
@@ -100,6 +90,50 @@ def take(case, model, optimizer, mode="graph"):
         refusal=refusal,
         choice=str(getattr(inner, "per_example_choice", None)),
     )
+
+
+def moved(model, take):
+    """What `take()` takes off the trainable weights: (d,), float64."""
+    before = reference.flatten(model.trainable_variables)
+    take()
+    return before - reference.flatten(model.trainable_variables)
+
+
+def restarting(model):
+    """A function that sets a model and its optimizer back to where they are now.
+
+    With it one traced step serves several questions.
+    """
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    variables = model.variables + model.optimizer.variables
+    values = [v.numpy() for v in variables]
+
+    def restart():
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    return restart
+
+
+def fitted(case, optimizer, callbacks, epochs=2, model=None, **kwargs):
+    """(model, history) of a case trained on its own batch."""
+    model = build(case) if model is None else model
+    x, y, weights = case.batch()
+    case.compile(model, optimizer, **kwargs)
+    history = model.fit(x, y, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+    return model, history.history
+
+
+def dense_now(case, model, training=False):
+    """`reference.Dense` of the case's batch at the model's weights, in float64."""
+    twin = build(case, "float64")
+    for a, b in zip(twin.variables, model.variables, strict=True):
+        a.assign(b.numpy())
+    with floatx("float64"):
+        case.compile(twin, "sgd")
+        arguments = cast(case.batch(), "float64")
+        return reference.eager(twin, *arguments, case.loss_shape, training=training)
 
 
 def oracle(name, mode="graph", dtype="float32"):

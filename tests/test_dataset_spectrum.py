@@ -1,7 +1,7 @@
 """`spectrum`: each method against a dense D in float64, on real digits and on unlike layers."""
 
 import dataclasses
-import json
+import functools
 import math
 
 import cases
@@ -16,7 +16,6 @@ from keras import layers as L
 from sklearn.datasets import load_digits
 
 import keras_rgd
-from keras_rgd.__main__ import main
 
 METHODS = ("gram", "covariance", "iterative")
 EPS32 = float(np.finfo(np.float32).eps)
@@ -279,6 +278,18 @@ def test_examples_of_unlike_shapes_are_refused():
 # layers
 
 
+@functools.cache
+def model_and_dense(name):
+    """A case's model, and D in evaluation mode."""
+    case = BY_NAME[name]
+    model, twin = steps.build(case), steps.build(case, "float64")
+    case.compile(model, "sgd")
+    with steps.floatx("float64"):
+        case.compile(twin, "sgd")
+        batch = steps.cast(case.batch(), "float64")
+        return model, reference.eager(twin, *batch, case.loss_shape, training=False)
+
+
 @pytest.mark.parametrize(
     "name",
     ["conv2d", "batch_normalization", "dropout", "lstm", "dictionaries", "weights_over_time"]
@@ -286,14 +297,9 @@ def test_examples_of_unlike_shapes_are_refused():
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_any_layer_and_loss(name, method):
-    case = BY_NAME[name]
-    model, twin = steps.build(case), steps.build(case, "float64")
-    case.compile(model, "sgd")
-    with steps.floatx("float64"):
-        case.compile(twin, "sgd")
-        batch = steps.cast(case.batch(), "float64")
-        dense = reference.eager(twin, *batch, case.loss_shape, training=False)
-    s = keras_rgd.spectrum(model, case.batch(), method=method, batch_size=4, k=3, verbose=False)
+    model, dense = model_and_dense(name)
+    batch = BY_NAME[name].batch()
+    s = keras_rgd.spectrum(model, batch, method=method, batch_size=4, k=3, verbose=False)
     expected = np.maximum(dense.eigenvalues, 0)
     np.testing.assert_allclose(s.eigenvalues, expected[:3], rtol=1e-4, atol=1e-6 * expected[0])
     np.testing.assert_allclose(s.trace, expected.sum(), rtol=1e-5)
@@ -360,20 +366,29 @@ def test_equal_gradients_have_no_spectrum(method):
     assert s.trace <= 1e-6 * s.gradient_norm**2
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_scaled_loss_scales_the_spectrum_by_its_square(method, scale, digits):
-    def scaled(y, p):
-        return scale * keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True)
-
+@pytest.fixture(scope="module")
+def scaled(digits):
+    """The network of `digits` with a factor in its loss, and that factor."""
+    factor = tf.Variable(1.0)
     model = keras.Sequential(digits.model.layers)
-    model.compile("sgd", scaled)
-    s = keras_rgd.spectrum(
-        model, digits.data, method=method, k=5, examples=200, batch_size=200, verbose=False
-    )
-    own = measured(digits, method=method, k=5, examples=200, batch_size=200)
-    np.testing.assert_allclose(s.eigenvalues, scale**2 * own.eigenvalues, rtol=1e-4)
-    np.testing.assert_allclose(s.trace, scale**2 * own.trace, rtol=1e-5)
+
+    def loss(y, p):
+        return factor * keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True)
+
+    model.compile("sgd", loss)
+    return model, factor
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scaled_loss_scales_the_spectrum_by_its_square(method, scaled, digits):
+    model, factor = scaled
+    options = dict(method=method, k=5, examples=200, batch_size=200, verbose=False)
+    own = keras_rgd.spectrum(digits.model, digits.data, **options)
+    for scale in (1e-12, 1e12):
+        factor.assign(scale)
+        s = keras_rgd.spectrum(model, digits.data, **options)
+        np.testing.assert_allclose(s.eigenvalues, scale**2 * own.eigenvalues, rtol=1e-4)
+        np.testing.assert_allclose(s.trace, scale**2 * own.trace, rtol=1e-5)
 
 
 # refusals
@@ -482,46 +497,3 @@ def test_progress_is_shown_with_the_time_that_remains(digits, capsys):
     assert "Gram matrix, examples 0 to 30 of 30" in shown and "remaining" in shown
     measured(digits, examples=30)
     assert capsys.readouterr().out == ""
-
-
-# the command
-
-
-@pytest.fixture
-def saved(digits, tmp_path, monkeypatch):
-    """A saved model for 8x8 images, and the digits where the command finds them."""
-    model = keras.Sequential([keras.Input((8, 8, 1)), L.Flatten(), L.Dense(10)])
-    model.compile("sgd", cases.CROSSENTROPY())
-    model.save(tmp_path / "model.keras")
-    images = digits.x.reshape(-1, 8, 8, 1) * 16
-    monkeypatch.setattr(
-        "keras_rgd.__main__.load_dataset",
-        lambda name, split, scale, **_: (images[:200] / scale, digits.y[:200]),
-    )
-    monkeypatch.chdir(tmp_path)
-    return model, (images[:200] / 16, digits.y[:200])
-
-
-def test_the_command_prints_the_record_and_writes_json_and_a_picture(saved, tmp_path, capsys):
-    main(["spectrum", "model.keras", "--dataset", "digits", "--scale", "16", "--quiet"])
-    shown = capsys.readouterr().out
-    s = keras_rgd.Spectrum.load(tmp_path / "model_spectrum.json")
-    expected = keras_rgd.spectrum(*saved, verbose=False)
-    np.testing.assert_array_equal(s.eigenvalues, expected.eigenvalues)
-    assert f"rank                 {s.rank}\n" in shown and "n_examples           200" in shown
-    assert (tmp_path / "model_spectrum.png").stat().st_size > 5_000
-    assert json.loads((tmp_path / "model_spectrum.json").read_text())["keras_rgd_spectrum"] == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["missing.keras", "--dataset", "digits"], "There is no file missing.keras"),
-        (["model.keras", "--dataset", "digits", "--k", "0"], "`k` must be a positive integer"),
-        (["model.keras", "--dataset", "digits", "--out", "no/where"], "There is no folder no"),
-    ],
-)
-def test_the_command_says_what_is_wrong(saved, arguments, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        main(["spectrum", *arguments])
-    assert {p.name for p in tmp_path.iterdir()} == {"model.keras"}

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import math
-import re
 import subprocess
 import sys
 import time
@@ -12,9 +11,7 @@ import cases
 import keras
 import numpy as np
 import pytest
-import reference
 import steps
-import tensorflow as tf
 from cases import BY_NAME
 from keras import layers as L
 
@@ -24,26 +21,6 @@ from keras_rgd import monitor as monitor_module
 from keras_rgd._support import vectors
 
 CROSSENTROPY = cases.CROSSENTROPY
-
-
-def fitted(case, optimizer, callbacks, epochs=2, model=None, **kwargs):
-    """(model, history) of a case trained on its own batch."""
-    model = steps.build(case) if model is None else model
-    x, y, weights = case.batch()
-    case.compile(model, optimizer, **kwargs)
-    history = model.fit(x, y, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
-    return model, history.history
-
-
-def dense_now(case, model, training=False):
-    """`reference.Dense` of the case's batch at the model's weights, in float64."""
-    twin = steps.build(case, "float64")
-    for a, b in zip(twin.variables, model.variables, strict=True):
-        a.assign(b.numpy())
-    with steps.floatx("float64"):
-        case.compile(twin, "sgd")
-        arguments = steps.cast(case.batch(), "float64")
-        return reference.eager(twin, *arguments, case.loss_shape, training=training)
 
 
 def expected_record(dense, c):
@@ -108,9 +85,9 @@ def test_records_equal_dense_numpy(name):
     case = BY_NAME[name]
     x, y, _ = case.batch()
     monitor = DiffusionMonitor((x, y), epsilon=0.3)
-    model, _ = fitted(case, keras.optimizers.Adam(0.01), [monitor])
+    model, _ = steps.fitted(case, keras.optimizers.Adam(0.01), [monitor])
     record = monitor.records[-1]
-    dense = dense_now(case, model)
+    dense = steps.dense_now(case, model)
     for field, value in expected_record(dense, 0.3).items():
         assert getattr(record, field) == pytest.approx(value, rel=2e-4, nan_ok=True), field
     M = dense.lambda_max
@@ -126,8 +103,8 @@ def test_records_equal_dense_numpy(name):
 def test_records_in_training_mode_are_of_the_batch_itself():
     case = BY_NAME["batch_normalization"]
     monitor = DiffusionMonitor(case.batch()[:2], training=True)
-    model, _ = fitted(case, "sgd", [monitor], epochs=1)
-    expected = expected_record(dense_now(case, model, training=True), 0.5)
+    model, _ = steps.fitted(case, "sgd", [monitor], epochs=1)
+    expected = expected_record(steps.dense_now(case, model, training=True), 0.5)
     record = monitor.records[0]
     assert record.mode == "training"
     for field in ("lambda_max", "trace", "cosine_top", "weak_field_error_gradient"):
@@ -140,7 +117,7 @@ def test_records_in_training_mode_are_of_the_batch_itself():
 def test_chunks_change_no_record(name, chunk_size):
     case = BY_NAME[name]
     monitors = [DiffusionMonitor(case.batch()[:2], chunk_size=size) for size in (None, chunk_size)]
-    fitted(case, "sgd", monitors)
+    steps.fitted(case, "sgd", monitors)
     for whole, parts in zip(*(m.records for m in monitors), strict=True):
         for field in dataclasses.fields(whole):
             if field.type is float and field.name != "seconds":
@@ -163,7 +140,7 @@ def test_with_rgd_the_rule_is_the_optimizers_and_the_steps_are_averaged():
     case.compile(model, optimizer)
     model.fit(x, y, batch_size=2, epochs=1, verbose=0, callbacks=[spy, monitor])
     record = monitor.records[0]
-    error = dense_now(case, model).error_on_step(record.epsilon)
+    error = steps.dense_now(case, model).error_on_step(record.epsilon)
     assert error == pytest.approx(0.02, rel=1e-3) or record.epsilon_lambda_max > 0.99
     assert record.weak_field_error_gradient == pytest.approx(error, rel=1e-3)
     assert len(seen) == 3
@@ -211,7 +188,7 @@ def test_with_a_window_its_D_is_recorded_beside_the_measured_one(frozen):
         case.compile(model, optimizer)
     logs = model.fit(x, y, batch_size=2, epochs=2, verbose=0, callbacks=[monitor]).history
     record = monitor.records[-1]
-    dense = dense_now(case, model)
+    dense = steps.dense_now(case, model)
     rows = optimizer._window.rows[0].numpy().astype("float64")
     d = vectors.size(model.trainable_variables)
     assert rows.shape[1] == len(dense.v)
@@ -231,7 +208,7 @@ def test_with_a_window_its_D_is_recorded_beside_the_measured_one(frozen):
 def test_without_a_window_its_fields_are_empty():
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
-    fitted(case, "sgd", [monitor], epochs=1)
+    steps.fitted(case, "sgd", [monitor], epochs=1)
     record = monitor.records[0]
     assert record.window_rank is None
     assert math.isnan(record.window_cosine)
@@ -246,10 +223,10 @@ def test_overlap_compares_the_top_eigenspaces_of_two_epochs():
 
     class Keep(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            dense = dense_now(case, self.model)
+            dense = steps.dense_now(case, self.model)
             spaces.append(np.linalg.eigh(dense.D)[1][:, ::-1][:, :5])
 
-    fitted(case, keras.optimizers.Adam(0.05), [Keep(), monitor], epochs=3)
+    steps.fitted(case, keras.optimizers.Adam(0.05), [Keep(), monitor], epochs=3)
     received = [record.overlap for record in monitor.records]
     assert math.isnan(received[0])
     for i in (1, 2):
@@ -275,7 +252,7 @@ def test_a_diverged_training_is_recorded_as_such():
     """A callback must not end a training that Keras would carry on."""
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
-    _, history = fitted(case, keras.optimizers.SGD(float("inf")), [monitor])
+    _, history = steps.fitted(case, keras.optimizers.SGD(float("inf")), [monitor])
     assert len(monitor.records) == len(history["loss"]) == 2
     record = monitor.records[-1]
     assert np.all(np.isnan(record.eigenvalues)) and math.isnan(record.lambda_max)
@@ -330,118 +307,6 @@ def test_records_under_a_strategy_are_those_of_one_device():
     assert result.stdout.split() == ["equal"] * 5
 
 
-# the data
-
-
-class Batches(keras.utils.PyDataset):
-    def __init__(self, x, y, size):
-        super().__init__()
-        self.x, self.y, self.size = x, y, size
-
-    def __len__(self):
-        return -(-len(self.x) // self.size)
-
-    def __getitem__(self, i):
-        part = slice(i * self.size, (i + 1) * self.size)
-        return self.x[part], self.y[part]
-
-
-@pytest.mark.parametrize("kind", ["arrays", "dataset", "endless dataset", "pydataset"])
-def test_data_may_have_any_form_that_fit_takes(kind):
-    case = BY_NAME["dense"]
-    x, y, _ = case.batch()
-    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-    data = {
-        "arrays": (x, y),
-        "dataset": dataset,
-        "endless dataset": dataset.repeat(),
-        "pydataset": Batches(x, y, 4),
-    }[kind]
-    monitor = DiffusionMonitor(data, examples=5)
-    plain = DiffusionMonitor((x[:5], y[:5]))
-    fitted(case, "sgd", [monitor, plain], epochs=1)
-    assert monitor.records[0].examples == 5
-    np.testing.assert_allclose(
-        monitor.records[0].eigenvalues, plain.records[0].eigenvalues, rtol=1e-5, atol=1e-8
-    )
-
-
-def test_at_most_the_examples_asked_for_are_used():
-    case = BY_NAME["dense"]
-    monitor = DiffusionMonitor(case.batch()[:2], examples=4)
-    more = DiffusionMonitor(case.batch()[:2], examples=400)
-    fitted(case, "sgd", [monitor, more], epochs=1)
-    assert monitor.records[0].examples == 4
-    assert more.records[0].examples == cases.N
-
-
-def test_sample_weights_belong_to_the_data():
-    case = BY_NAME["sample_weight"]
-    x, y, weights = case.batch()
-    monitor = DiffusionMonitor((x, y, weights))
-    model, _ = fitted(case, "sgd", [monitor], epochs=1)
-    dense = dense_now(case, model)
-    assert monitor.records[0].lambda_max == pytest.approx(dense.lambda_max, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "arguments, received",
-    [
-        ({"data": 3}, "Received: int"),
-        ({"data": iter([])}, "Received: list_iterator"),
-        ({"data": np.ones((4, 5))}, "Received: ndarray"),
-        ({"data": (np.ones((4, 5)), np.ones(3))}, "Received: lengths x [4], y [3]"),
-        ({"data": tuple(np.ones((4, 4)))}, "Received: 4 parts"),
-        ({"data": ([[1.0], [2.0]], [1, 2])}, "Received: lengths x [None], y [None]"),
-        ({"data": tf.data.Dataset.range(3).map(lambda i: (i, i))}, "batched"),
-        ({"examples": 0}, "examples=0"),
-        ({"chunk_size": -1}, "chunk_size=-1"),
-        ({"per_example": "x"}, "per_example='x'"),
-        ({"epsilon": 2.0}, "epsilon=2.0"),
-        ({"data": tf.data.Dataset.range(0)}, "no examples"),
-    ],
-)
-def test_a_bad_argument_is_named(arguments, received):
-    with pytest.raises(ValueError) as error:
-        DiffusionMonitor(**({"data": (np.ones((4, 5)), np.ones(4))} | arguments))
-    assert received in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "data, match",
-    [
-        (
-            (np.ones((4, 7), "float32"), np.ones(4)),
-            "expected axis -1 of input shape",
-        ),
-        ((np.ones((4, 5), "float32"),), "Expected (x, y). Received: y=None"),
-    ],
-    ids=["width", "no targets"],
-)
-def test_data_that_do_not_fit_the_model_stop_before_the_first_epoch(data, match):
-    case = BY_NAME["dense"]
-    model = steps.build(case)
-    before = reference.flatten(model.trainable_variables)
-    with pytest.raises(ValueError, match=re.escape(match)):
-        fitted(case, "sgd", [DiffusionMonitor(data)], model=model)
-    np.testing.assert_array_equal(reference.flatten(model.trainable_variables), before)
-
-
-def test_only_the_examples_that_are_used_are_kept_and_read():
-    class Rows(np.ndarray):
-        """Counts how many rows are taken out of it."""
-
-        def __getitem__(self, key):
-            taken.append(key)
-            return np.asarray(self)[key]
-
-    taken = []
-    x = np.zeros((1000, 5), "float32").view(Rows)
-    monitor = DiffusionMonitor((x, np.zeros(1000)), examples=3)
-    assert taken == [slice(None, 3, None)]
-    assert monitor._data[0].base is None and monitor._data[0].shape == (3, 5)
-
-
 # beside the training
 
 
@@ -460,7 +325,7 @@ def test_its_main_numbers_reach_the_callbacks_behind_it(tmp_path):
     monitor = DiffusionMonitor(case.batch()[:2])
     table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
     stop = keras.callbacks.EarlyStopping("lambda_max", min_delta=1e9, patience=2, mode="min")
-    _, history = fitted(case, "sgd", [monitor, table, stop], epochs=5, metrics=["accuracy"])
+    _, history = steps.fitted(case, "sgd", [monitor, table, stop], epochs=5, metrics=["accuracy"])
     assert set(history) == LOGGED | {"loss", "accuracy"}
     assert history["lambda_max"] == [record.lambda_max for record in monitor.records]
     assert len(monitor.records) == 3  # EarlyStopping saw that lambda_max does not fall by 1e9
@@ -493,9 +358,9 @@ def test_measuring_changes_nothing_in_the_training(name, training):
 def test_records_go_on_over_several_fits_and_frozen_layers():
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
-    model, _ = fitted(case, "sgd", [monitor], epochs=1)
+    model, _ = steps.fitted(case, "sgd", [monitor], epochs=1)
     model.layers[0].trainable = False
-    fitted(case, "sgd", [monitor], epochs=2, model=model)
+    steps.fitted(case, "sgd", [monitor], epochs=2, model=model)
     assert [record.epoch for record in monitor.records] == [0, 0, 1]
     assert [record.n_weights for record in monitor.records] == [39, 15, 15]
     assert math.isnan(monitor.records[1].overlap)
@@ -509,14 +374,14 @@ def test_layers_frozen_during_a_fit_are_left_out_from_then_on():
         def on_epoch_begin(self, epoch, logs=None):
             self.model.layers[0].trainable = epoch == 0
 
-    fitted(case, "sgd", [Freeze(), monitor])
+    steps.fitted(case, "sgd", [Freeze(), monitor])
     assert [record.n_weights for record in monitor.records] == [39, 15]
 
 
 def test_records_are_saved_and_loaded(tmp_path):
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
-    fitted(case, "sgd", [monitor])
+    steps.fitted(case, "sgd", [monitor])
     monitor.save(tmp_path / "records.json")
     for loaded in (
         DiffusionMonitor.load(tmp_path / "records.json"),
@@ -529,7 +394,7 @@ def test_records_are_saved_and_loaded(tmp_path):
 def test_a_measurement_of_more_than_a_second_says_that_it_runs(seconds, shown, monkeypatch, capsys):
     case = BY_NAME["dense"]
     monitor = DiffusionMonitor(case.batch()[:2])
-    fitted(case, "sgd", [monitor], epochs=1)  # nothing is left to be traced
+    steps.fitted(case, "sgd", [monitor], epochs=1)  # nothing is left to be traced
     measure = monitor_module.Measurement.__call__
 
     def slow(self, *args, **kwargs):

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+import steps
 import tensorflow as tf
 from keras import layers as L
 
@@ -49,12 +50,6 @@ def crossentropy(model, x, y):
     return lambda: keras.losses.sparse_categorical_crossentropy(y, model(x), from_logits=True)
 
 
-def moved(model, take):
-    before = reference.flatten(model.trainable_variables)
-    take()
-    return before - reference.flatten(model.trainable_variables)
-
-
 # a train_step of one's own that prepares the data
 
 
@@ -94,7 +89,7 @@ def test_inputs_and_targets_made_in_train_step(way):
     model.compile(optimizer, "mse")
     model.fit(X, batch_size=5, shuffle=False, verbose=0)  # builds it; batches of unlike sizes
     G = rows(model, lambda: tf.reduce_mean(tf.square(model(0.5 * X[:6]) - X[:6]), -1))
-    step = moved(model, lambda: model.fit(X[:6], batch_size=6, verbose=0))
+    step = steps.moved(model, lambda: model.fit(X[:6], batch_size=6, verbose=0))
     expected = direction(G, float(optimizer.chosen_epsilon))
     assert reference.relative_error(step, expected) < 1e-5
 
@@ -107,7 +102,7 @@ def test_a_dict_of_columns_split_in_train_step(way):
     model.fit(data, batch_size=5, shuffle=False, verbose=0)
     f = crossentropy(model, X[:, :5], Y)
     G = rows(model, lambda: f() * (1.0 + Y))
-    step = moved(model, lambda: model.fit(data, batch_size=12, shuffle=False, verbose=0))
+    step = steps.moved(model, lambda: model.fit(data, batch_size=12, shuffle=False, verbose=0))
     assert reference.relative_error(step, direction(G, float(optimizer.chosen_epsilon))) < 1e-5
 
 
@@ -234,7 +229,7 @@ def test_a_model_without_targets(form):
     model.fit(data, **({} if "set" in form else {"batch_size": 5}), verbose=0)
     assert optimizer.per_example_choice.name == "layerwise"
     G = rows(model, lambda: tf.reduce_sum(tf.square(X - model(X)), -1))
-    step = moved(model, lambda: model.train_on_batch(x)) / 1e-2
+    step = steps.moved(model, lambda: model.train_on_batch(x)) / 1e-2
     assert reference.relative_error(step, direction(G, float(optimizer.chosen_epsilon))) < 1e-5
 
 
@@ -311,7 +306,7 @@ def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
     optimizer = keras_rgd.RGD(1.0, microbatch_size=4)
     model.compile(optimizer, cases.CROSSENTROPY())
     (gradient,) = rows(model, crossentropy(model, x, np.array([1])))
-    step = moved(model, lambda: model.train_on_batch(x, np.array([1])))
+    step = steps.moved(model, lambda: model.train_on_batch(x, np.array([1])))
     assert reference.relative_error(step, gradient) < 1e-5
 
 
@@ -327,7 +322,7 @@ def test_frozen_layers_with_the_same_optimizer(way):
     model.compile(optimizer, cases.CROSSENTROPY())
     for _ in range(2):
         G = rows(model, crossentropy(model, X, Y))
-        step = moved(model, lambda: model.fit(X, Y, batch_size=12, verbose=0))
+        step = steps.moved(model, lambda: model.fit(X, Y, batch_size=12, verbose=0))
         expected = direction(G, float(optimizer.chosen_epsilon))
         assert reference.relative_error(step, expected) < 1e-5
 
@@ -356,7 +351,9 @@ def test_a_step_retraced_after_other_layers_were_frozen_moves_those_that_train(w
     model.fit(X, Y, batch_size=6, verbose=0)
     stack[0].trainable, stack[1].trainable = True, False  # no compile
     G = rows(model, crossentropy(model, X[:5], Y[:5]))
-    step = moved(model, lambda: model.fit(X[:5], Y[:5], batch_size=5, shuffle=False, verbose=0))
+    step = steps.moved(
+        model, lambda: model.fit(X[:5], Y[:5], batch_size=5, shuffle=False, verbose=0)
+    )
     assert reference.relative_error(step, direction(G, float(optimizer.chosen_epsilon))) < 1e-5
 
 

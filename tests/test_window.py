@@ -3,6 +3,7 @@
 What does not depend on the backend is in `any_backend/test_window_anywhere.py`.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -38,10 +39,13 @@ KINDS = (
 )
 
 
+UNDER_XLA = ("conv2d", "lstm", "two_inputs_two_outputs")
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_models_of_any_kind_step_along_the_direction_of_an_explicit_D(name):
     case = BY_NAME[name]
-    for mode in steps.MODES:
+    for mode in steps.MODES if name in UNDER_XLA else ("graph",):
         model = steps.build(case)
         optimizer = keras_rgd.RGD(0.1, window=3, batch_size=4)
         case.compile(model, optimizer, jit_compile=mode == "xla")
@@ -49,9 +53,7 @@ def test_models_of_any_kind_step_along_the_direction_of_an_explicit_D(name):
         for _ in range(5):
             x, y = case.data(rng)
             seen.append(gradient(model, x, y))
-            before = reference.flatten(model.trainable_variables)
-            model.train_on_batch(x, y)
-            step = (before - reference.flatten(model.trainable_variables)) / 0.1
+            step = steps.moved(model, functools.partial(model.train_on_batch, x, y)) / 0.1
             V = np.array(seen[-3:])
             centred = (V - V.mean(0)) * np.sqrt(4 / max(len(V) - 1, 1))
             epsilon = float(optimizer.chosen_epsilon)

@@ -1,0 +1,158 @@
+"""Cases side by side in one model, whose per-example gradients are those of each case in a row.
+
+A step that is compiled by XLA costs most of its time once for a model, so that a few models with
+many layers show what one model for each layer would.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+import reference
+import steps
+from cases import BY_NAME
+
+import keras_rgd
+
+ZOOS = {
+    "images": (
+        "conv2d",
+        "conv3d",
+        "depthwise_conv2d",
+        "separable_conv1d",
+        "conv1d_transpose",
+        "conv3d_transpose",
+        "pooling",
+        "group_normalization",
+        "loss_over_pixels",
+    ),
+    "sequences": (
+        "conv1d",
+        "einsum_dense_prelu",
+        "layer_normalization",
+        "embedding_mask_loss",
+        "transformer",
+        "lstm_unrolled",
+        "time_distributed",
+        "dropout",
+        "spatial_dropout",
+    ),
+    "losses": (
+        "softmax",
+        "shared_layer",
+        "two_inputs_two_outputs",
+        "dictionaries",
+        "class_weight",
+        "add_loss",
+        "regularizers",
+        "activity_regularizer",
+        "weights_over_time",
+    ),
+    "recurrent": (
+        "batch_normalization_conv",
+        "embedding_mask_lstm",
+        "simple_rnn",
+        "lstm_dropout",
+        "bidirectional",
+    ),
+    "kinds": (
+        "conv2d",
+        "embedding_mask_loss",
+        "multi_head_attention",
+        "two_inputs_two_outputs",
+        "class_weight",
+        "regularizers",
+        "weights_over_time",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooStep:
+    """One step of a zoo, of learning rate 1: what it took off each case's weights."""
+
+    directions: dict  # of each case, the arrays of its weights
+    epsilon: float
+    way: str
+
+
+def step(names, way, dtype, jit_compile=True):
+    """The `ZooStep` of some cases."""
+    members = {name: steps.build(BY_NAME[name], dtype) for name in names}
+    optimizer = keras_rgd.RGD(1.0, per_example=way)
+    with steps.floatx(dtype):
+        model = _side_by_side(members)
+        x, y, weights, options = _arguments(names)
+        model.compile(optimizer, jit_compile=jit_compile, **options)
+        before = {name: _values(member) for name, member in members.items()}
+        model.train_on_batch(*steps.cast((x, y, weights), dtype))
+    directions = {
+        name: [a - b for a, b in zip(before[name], _values(member), strict=True)]
+        for name, member in members.items()
+    }
+    return ZooStep(directions, float(optimizer.chosen_epsilon), optimizer.per_example_choice.name)
+
+
+def oracle(names, dtype, jit_compile=True):
+    """`reference.Dense` of the cases in a row, and the shapes of each one's weights."""
+    mode = "xla" if jit_compile else "graph"
+    alone = [steps.oracle(name, mode, dtype) for name in names]
+    return reference.Dense(
+        np.concatenate([dense.G for dense in alone], axis=1),
+        np.concatenate([dense.v for dense in alone]),
+    )
+
+
+def _values(model):
+    return [w.numpy().astype("float64") for w in model.trainable_variables]
+
+
+def _side_by_side(members):
+    inputs, outputs = {}, {}
+    for name, member in members.items():
+        arrays = _labelled(name, BY_NAME[name].batch()[0])
+        given = {
+            label: keras.Input(
+                a.shape[1:], dtype="int32" if a.dtype.kind == "i" else None, name=label
+            )
+            for label, a in arrays.items()
+        }
+        inputs |= given
+        outputs |= _labelled(name, member(_as_given(name, given)))
+    return keras_rgd.RGDModel(inputs, outputs)
+
+
+def _as_given(name, labelled):
+    """The inputs of one case in the structure that it has alone."""
+    x = BY_NAME[name].batch()[0]
+    if isinstance(x, dict):
+        return {key: labelled[f"{name}.{key}"] for key in x}
+    return list(labelled.values()) if isinstance(x, list) else labelled[name]
+
+
+def _labelled(name, tree):
+    """A case's tensors in a flat dictionary."""
+    if isinstance(tree, dict):
+        return {f"{name}.{key}": value for key, value in tree.items()}
+    if isinstance(tree, list):
+        return {f"{name}.{i}": value for i, value in enumerate(tree)}
+    return {name: tree}
+
+
+def _arguments(names):
+    """(x, y, sample weights, what `compile` gets) of some cases, each a flat dictionary."""
+    x, y, weights, losses, loss_weights = {}, {}, {}, {}, {}
+    for name in names:
+        case = BY_NAME[name]
+        given, targets, sample_weight = case.batch()
+        targets = _labelled(name, targets)
+        x |= _labelled(name, given)
+        y |= targets
+        losses |= {k: f() if callable(f) else f for k, f in _labelled(name, case.loss).items()}
+        loss_weights |= dict.fromkeys(targets, 1.0) | (
+            {} if case.loss_weights is None else _labelled(name, case.loss_weights)
+        )
+        shapes = _labelled(name, case.loss_shape)
+        ones = {k: np.ones((len(a), *shapes[k]), "float32") for k, a in targets.items()}
+        weights |= ones if sample_weight is None else _labelled(name, sample_weight)
+    return x, y, weights, {"loss": losses, "loss_weights": loss_weights}
