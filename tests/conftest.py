@@ -1,7 +1,9 @@
 """How the tests run: seeds, dtypes, processes, and the memory of a process."""
 
+import ctypes
 import gc
 import os
+import platform
 
 try:
     import resource
@@ -13,6 +15,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One process has one core, and small arrays.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+# Compilers' memory goes back to the machine, and not to a pool for each thread.
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
 import cases  # noqa: E402
 import keras  # noqa: E402
@@ -20,19 +24,21 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import reference  # noqa: E402
 import steps  # noqa: E402
+import zoos  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
-TESTS_BETWEEN_CLEARINGS = 20
+TESTS_BETWEEN_RELEASES = 25
+LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 class ModelScheduling(LoadScopeScheduling):
     """Tests that use one model go to one process, which traces each of its steps once.
 
-    Tests of a case or network go together, by its name among a test's parameters; all others by
-    their file. Marks of groups would say the same, but do nothing with pytest 9.2 and xdist 3.8.
+    Tests of a case, network or zoo go together, by its name among a test's parameters; all others
+    by their file. Marks of groups would say the same, but do nothing with pytest 9.2 and xdist 3.8.
     """
 
-    names = {*cases.BY_NAME, "mlp", "convolution", "linear", "points"}
+    names = {*cases.BY_NAME, *zoos.ZOOS, "mlp", "convolution", "linear", "points"}
 
     def _split_scope(self, nodeid):
         parameters = nodeid.partition("[")[2].rstrip("]").split("-")
@@ -64,10 +70,16 @@ def _fresh(request):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     request.config.tests_run += 1
-    if request.config.tests_run % TESTS_BETWEEN_CLEARINGS == 0:
-        # TensorFlow keeps what it made of each graph that ran.
-        keras.utils.clear_session()
-        gc.collect()
+    if request.config.tests_run % TESTS_BETWEEN_RELEASES == 0:
+        _release_memory()
+
+
+def _release_memory():
+    """Give back what models that are gone have left, of which the allocator would keep most."""
+    gc.collect()
+    keras.utils.clear_session(free_memory=False)
+    if LIBC is not None:
+        LIBC.malloc_trim(0)
 
 
 @pytest.fixture

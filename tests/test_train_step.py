@@ -265,9 +265,9 @@ ALL_LAYERS = ("double_backward", "pieces")  # ways that serve recurrent ones too
 
 
 @pytest.mark.parametrize(
-    ("way", "recurrent"), [(w, False) for w in WAYS] + [(w, True) for w in ALL_LAYERS]
+    ("way", "recurrent", "regularizer"),
+    [(w, False, r) for w in WAYS for r in (None, "l2")] + [(w, True, "l2") for w in ALL_LAYERS],
 )
-@pytest.mark.parametrize("regularizer", [None, "l2"])
 def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regularizer):
     after = []
     for optimizer in (keras_rgd.RGD(0.1, **options(way)), keras.optimizers.SGD(0.1)):
