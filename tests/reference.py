@@ -114,7 +114,7 @@ def traced(model, loss_shape=(), training=True, jit_compile=False):
 
     def dense(x, y, sample_weight=None):
         n = len(keras.tree.flatten(x)[0])
-        x, y = (keras.tree.map_structure(tf.convert_to_tensor, t) for t in (x, y))
+        x, y = _tensors(x), _tensors(y)
 
         def restarted(e):
             with unchanged(model):
@@ -147,6 +147,11 @@ def flatten(tensors):
 def relative_error(actual, expected):
     """|actual - expected| / |expected|."""
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def _tensors(structure):
+    """The same with tensors; targets that a model has not are `None`."""
+    return tf.nest.map_structure(lambda t: t if t is None else tf.convert_to_tensor(t), structure)
 
 
 def _call(model, x, training):
