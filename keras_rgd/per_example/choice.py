@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
-import keras
-
-from keras_rgd._keras.models import layers_of
-from keras_rgd.per_example import way as ways
 from keras_rgd.per_example.batch import Batch
-from keras_rgd.per_example.gradients import PerExampleGradients
+from keras_rgd.per_example.double_backward import double_backward
+from keras_rgd.per_example.layerwise import layerwise
 from keras_rgd.per_example.layerwise.check import check_layerwise
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
+from keras_rgd.per_example.microbatches import in_microbatches
 from keras_rgd.per_example.not_exact import NotExactError
 from keras_rgd.per_example.smaller_batches import check_microbatches
-from keras_rgd.per_example.traces import specs_of, structure, with_any_size
+from keras_rgd.per_example.traces import with_any_size
+from keras_rgd.per_example.vectorized_map import vectorized_map
 from keras_rgd.per_example.vectorized_map_checks import check_vectorized_map
+from keras_rgd.per_example.way import Way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,7 @@ def choose_way(
     specs: Batch,
     batch: Batch | None = None,
     sizes: Batch | None = None,
-) -> ways.Way:
+) -> Way:
     """The `Way` for a model's training steps.
 
     "auto" takes "layerwise" where that is exact for the model, else "double_backward", which is
@@ -72,7 +70,7 @@ def choose_way(
     size = wanted.microbatch_size
     batch = None if batch is None else batch.first(size)
     way = _way(losses, wanted, with_any_size(specs), batch, sizes, n=size)
-    return ways.in_microbatches(losses, way, size)
+    return in_microbatches(losses, way, size)
 
 
 def _way(
@@ -82,20 +80,20 @@ def _way(
     batch: Batch | None,
     sizes: Batch | None,
     n: int | None = None,
-) -> ways.Way:
+) -> Way:
     """As `choose_way`, for batches that are taken whole; N where `specs` leaves it open."""
     n = n or specs.known_size or (None if sizes is None else sizes.known_size)
     if wanted.per_example == "vectorized_map":
         check_vectorized_map(losses, specs, batch, sizes, wanted.compiled)
-        return ways.vectorized_map(losses, "as asked for", wanted.chunk_size, wanted.compiled)
+        return vectorized_map(losses, "as asked for", wanted.chunk_size, wanted.compiled)
     if wanted.per_example == "double_backward":
-        return ways.double_backward(losses, "as asked for", wanted.chunk_size)
+        return double_backward(losses, "as asked for", wanted.chunk_size)
     try:
         return _layerwise(losses, wanted, specs, batch, sizes, n)
     except NotExactError as error:
         if wanted.per_example == "layerwise":
             raise
-        return ways.double_backward(losses, error.reason, wanted.chunk_size)
+        return double_backward(losses, error.reason, wanted.chunk_size)
 
 
 def _layerwise(
@@ -105,7 +103,7 @@ def _layerwise(
     batch: Batch | None,
     sizes: Batch | None,
     n: int | None,
-) -> ways.Way:
+) -> Way:
     if losses.model.run_eagerly:
         raise NotExactError(
             "With run_eagerly=True there is no traced step to read.",
@@ -121,64 +119,4 @@ def _layerwise(
             f"{shown.gram_work:.1f} times the products of an SGD step"
         )
     options = dataclasses.replace(options, compiled=wanted.compiled, repeats=shown.repeats)
-    return ways.layerwise(losses, options, reason)
-
-
-class StepWays:
-    """The ways of one training function: chosen for its first batch, and wherever it is retraced.
-
-    A step that is traced once more, for another shape or with other layers frozen, is never taken
-    by a way that is not exact for it any more.
-
-    Args:
-        model: the model.
-        wanted: a `Wanted`.
-        told: a function of the `Way`, called where it is another than before.
-
-    Attributes:
-        last: the `Way` chosen last, `None` at first.
-    """
-
-    def __init__(self, model: keras.Model, wanted: Wanted, told: Callable):
-        self._losses, self._wanted = ExampleLosses(model, training=True), wanted
-        self._told = told
-        self.last: ways.Way | None = None
-        self._sizes: Batch | None = None
-        self._ways: dict = {}  # by what is known of a step when it is traced
-
-    def choose(self, specs: Batch, batch: Batch | None = None) -> ways.Way:
-        """The `Way` for a step that is traced for these specs.
-
-        Args:
-            specs: a `Batch` of tensors or of a spec of each.
-            batch: the first batch of this fit; `None` where its step is traced once more.
-        """
-        wanted = self._wanted
-        if wanted.per_example == "auto" and self.last and self.last.name == "double_backward":
-            wanted = dataclasses.replace(wanted, per_example="double_backward")
-        if batch is not None:
-            self._sizes = specs_of(batch)
-        way = choose_way(self._losses, wanted, specs, batch, self._sizes)
-        if self.last is None or way.name != self.last.name:
-            self.last = way
-            self._told(way)
-        self._ways[self._key(specs)] = way
-        return way
-
-    def gradients(self, batch: Batch, loss_scale: Any) -> PerExampleGradients:
-        """The per-example gradients of the step at hand.
-
-        Its way is chosen anew where the step is another than was asked about.
-        """
-        way = self._ways.get(self._key(batch)) or self.choose(specs_of(batch))
-        return way(batch, loss_scale)
-
-    def _key(self, batch: Batch) -> tuple:
-        """What is known of a step when it is traced: shapes, and what is trained."""
-        model = self._losses.model
-        trained = tuple(id(v) for v in model.trainable_variables)
-        return (
-            structure(batch),
-            trained,
-            tuple(layer.trainable for layer in layers_of(model)),
-        )
+    return layerwise(losses, options, reason)

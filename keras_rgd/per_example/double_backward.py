@@ -4,11 +4,27 @@ One forward pass serves everything, so it is exact also where examples mix (Batc
 training), for the very Dropout masks of the step, and for recurrent layers.
 """
 
+import functools
+
 import tensorflow as tf
 
 from keras_rgd._support import vectors
 from keras_rgd.per_example.gradients import gram_of_rows
 from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
+from keras_rgd.per_example.way import Way
+
+
+def double_backward(losses, reason, chunk_size=None):
+    """The `Way` "double_backward", for any model.
+
+    Args:
+        losses: the `ExampleLosses` of the model.
+        reason: why it was chosen.
+        chunk_size: examples whose gradients its Gram matrix may hold at once. Defaults to `None`,
+            all.
+    """
+    make = functools.partial(DoubleBackward, losses, chunk_size=chunk_size)
+    return Way("double_backward", reason, make)
 
 
 class DoubleBackward(TensorFlowGradients):

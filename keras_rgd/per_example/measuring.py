@@ -6,10 +6,14 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 
+from keras_rgd._support import vectors
 from keras_rgd._support.arguments import check_way
-from keras_rgd.per_example import way as ways
 from keras_rgd.per_example.batch import Batch, mapped
+from keras_rgd.per_example.double_backward import double_backward
+from keras_rgd.per_example.gradients import working_dtype
+from keras_rgd.per_example.layerwise import layerwise
 from keras_rgd.per_example.layerwise.check import check_layerwise
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
@@ -30,6 +34,10 @@ from keras_rgd.per_example.vectorized_map_checks import (
     check_vectorized_map,
     error_of_trial,
 )
+from keras_rgd.per_example.way import Way
+
+# One chunk of gradients is held in memory; this is what it may take, in bytes.
+_CHUNK_BYTES = 2**30
 
 
 def measuring_way(
@@ -40,7 +48,7 @@ def measuring_way(
     per_example: str = "auto",
     chunk_size: int | None = None,
     precise: bool = True,
-) -> ways.Way:
+) -> Way:
     """The `Way` for use outside a graph, remembered for the model and batches like this one.
 
     "auto" takes "layerwise" where that is exact for this model; else one example at a time where
@@ -64,7 +72,7 @@ def measuring_way(
     specs = specs_of(batch)
     key = (measuring_way, training, per_example, chunk_size, precise, structure(specs))
 
-    def choose() -> ways.Way:
+    def choose() -> Way:
         losses = ExampleLosses(model, training)
         return _chosen(losses, batch, specs, per_example, chunk_size, precise)
 
@@ -78,11 +86,11 @@ def _chosen(
     per_example: str,
     chunk_size: int | None,
     precise: bool,
-) -> ways.Way:
+) -> Way:
     if per_example == "layerwise":
         return _layerwise(losses, batch, specs, precise)
     if chunk_size is None:
-        chunk_size = ways.examples_that_fit(losses)
+        chunk_size = _examples_that_fit(losses)
     if per_example == "auto":
         try:
             return _layerwise(losses, batch, specs, precise)
@@ -91,30 +99,30 @@ def _chosen(
     if per_example == "vectorized_map":
         check_vectorized_map(losses, specs, batch)
         return _one_at_a_time(losses, per_example, "as asked for", chunk_size)
-    return measured(losses, ways.double_backward(losses, "as asked for", chunk_size))
+    return measured(losses, double_backward(losses, "as asked for", chunk_size))
 
 
-def _layerwise(losses: ExampleLosses, batch: Batch, specs: Batch, precise: bool) -> ways.Way:
+def _layerwise(losses: ExampleLosses, batch: Batch, specs: Batch, precise: bool) -> Way:
     options = LayerwiseOptions(n=batch.size, precise=precise)
     repeats = check_layerwise(losses, specs, options, batch).repeats
     options = LayerwiseOptions(n=batch.size, precise=precise, repeats=repeats)
-    return measured(losses, ways.layerwise(losses, options, "examples do not mix"))
+    return measured(losses, layerwise(losses, options, "examples do not mix"))
 
 
 def _without_layerwise(
     losses: ExampleLosses, batch: Batch, specs: Batch, chunk_size: int, reason: str
-) -> ways.Way:
+) -> Way:
     """The way where "layerwise" is not exact, for a reason."""
     try:
         check_one_at_a_time(losses, specs, batch)
         error = error_of_trial(losses, batch)
     except NotExactError:
-        return measured(losses, ways.double_backward(losses, reason, chunk_size))
+        return measured(losses, double_backward(losses, reason, chunk_size))
     name = "vectorized_map" if error is None else "one_by_one"
     return _one_at_a_time(losses, name, reason, chunk_size)
 
 
-def _one_at_a_time(losses: ExampleLosses, name: str, reason: str, chunk_size: int) -> ways.Way:
+def _one_at_a_time(losses: ExampleLosses, name: str, reason: str, chunk_size: int) -> Way:
     """One example after the other, each run of the model a graph function."""
     rows = rows_function(losses, one_by_one if name == "one_by_one" else vectorized)
     make = functools.partial(VectorizedMap, losses, rows=rows, way=name)
@@ -124,7 +132,14 @@ def _one_at_a_time(losses: ExampleLosses, name: str, reason: str, chunk_size: in
         with unchanged(losses.model):
             return make(batch, loss_scale, chunk_size=None if whole else chunk_size)
 
-    return ways.Way(name, reason, measure)
+    return Way(name, reason, measure)
+
+
+def _examples_that_fit(losses: ExampleLosses) -> int:
+    """How many examples' gradients fit in the memory that is meant for them."""
+    weights = losses.weights
+    entry = np.dtype(working_dtype(weights)).itemsize
+    return max(1, _CHUNK_BYTES // (entry * vectors.size(weights)))
 
 
 def check_measurable(model: keras.Model) -> None:
@@ -181,7 +196,7 @@ def way_for(
     per_example: str,
     chunk_size: int | None,
     precise: bool = True,
-) -> ways.Way:
+) -> Way:
     """The `Way` for batches like this one, on which it is chosen; see `measuring_way`."""
     if not model.built:
         build(model, batch.x)

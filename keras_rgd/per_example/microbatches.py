@@ -1,11 +1,22 @@
 """Per-example gradients of a batch too large to be differentiated at once, piece by piece."""
 
+import functools
+
 import keras
 import tensorflow as tf
 
 from keras_rgd._support import vectors
 from keras_rgd.per_example.batch import mapped
+from keras_rgd.per_example.state import changeable
 from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
+from keras_rgd.per_example.way import Way
+
+
+def in_microbatches(losses, way, size):
+    """A `Way` for whole batches that takes them in pieces of `size` examples by another `way`."""
+    state = changeable(losses.model)
+    make = functools.partial(Microbatches, losses, way=way, state=state, size=int(size))
+    return Way(way.name, way.reason, make)
 
 
 class Microbatches(TensorFlowGradients):

@@ -7,6 +7,7 @@ a forward pass draws nothing random; `checks` refuses the rest by name.
 """
 
 import contextlib
+import functools
 
 import keras
 import tensorflow as tf
@@ -15,6 +16,7 @@ from keras_rgd._support import vectors
 from keras_rgd.per_example.gradients import centered, gram_of_rows, products
 from keras_rgd.per_example.losses import what_losses_read
 from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
+from keras_rgd.per_example.way import Way
 
 # A batched matrix product that vectorizing makes out of attention crashes the process in TF's
 # CPU kernels with oneDNN on (a segmentation fault, no exception); XLA's are sound.
@@ -22,6 +24,20 @@ CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "Batc
 
 # What tf.vectorized_map fails on, after long tracing and pages of log; loops also under XLA only.
 NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
+
+
+def vectorized_map(losses, reason, chunk_size=None, compiled=False):
+    """The `Way` "vectorized_map", for a model that `check_vectorized_map` has passed.
+
+    Args:
+        losses: the `ExampleLosses` of the model.
+        reason: why it was chosen.
+        chunk_size: examples whose gradients are held at once. Defaults to `None`, all.
+        compiled: whether the caller compiles what it traces with XLA. Defaults to `False`.
+    """
+    rows = rows_function(losses, vectorized, compiled)
+    make = functools.partial(VectorizedMap, losses, chunk_size=chunk_size, rows=rows)
+    return Way("vectorized_map", reason, make)
 
 
 class VectorizedMap(TensorFlowGradients):

@@ -21,6 +21,7 @@ from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
 from keras_rgd.per_example.losses import replaced, what_losses_read
 from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
+from keras_rgd.per_example.way import Way
 
 # The Gram matrix gives a guaranteed bound on M_x. It is formed where its work is at most that of
 # _GRAM_STEPS SGD steps, or so little that it does not matter; else products with D estimate M_x.
@@ -32,6 +33,18 @@ _POWERS = 3
 
 # Between these, squares of gradients in their unit leave float32 room for the products in them.
 _RANGE = 1e-18, 1e30
+
+
+def layerwise(losses, options, reason):
+    """The `Way` "layerwise", for a model that `check_layerwise` has passed.
+
+    Args:
+        losses: the `ExampleLosses` of the model.
+        options: `LayerwiseOptions`.
+        reason: why it was chosen.
+    """
+    make = functools.partial(Layerwise, losses, options=options)
+    return Way("layerwise", reason, make)
 
 
 class Layerwise(TensorFlowGradients):
