@@ -28,8 +28,8 @@ def direction_of(
     if gradients.gram_is_cheap:
         return GramDirection(gradients)
     D = DiffusionMatrix(gradients)
-    product = D.factored_product(gradients.gradient)
-    return ProductDirection(gradients, product, estimate_by_products(D, product, last_estimate))
+    product, lambda_max = estimate_by_products(D, gradients.gradient, last_estimate)
+    return ProductDirection(gradients, product, lambda_max)
 
 
 def direction_by_passes(

@@ -31,33 +31,43 @@ _GROWTH = 0.05
 _SETTLED = 0.1
 
 
-def estimate_by_products(D: DiffusionMatrix, product: Product, last_estimate: Tensor) -> Tensor:
-    """M_x in the unit `product.unit`**2, by products with D, times `ESTIMATE_MARGIN`.
+def estimate_by_products(
+    D: DiffusionMatrix, v: Vector, last_estimate: Tensor | float
+) -> tuple[Product, Tensor]:
+    """D v and M_x, by products with D.
 
-    Before the margin: the larger of |D v|^2 / v^T D v and the last batch's estimate while the two
-    agree within a factor of 2, else the Ritz value of a few more products.
+    M_x before its margin: the larger of |D v|^2 / v^T D v and the last batch's estimate while the
+    two agree within a factor of 2, else the Ritz value of a few more products.
 
     Args:
         D: the batch's.
-        product: D v, `D.factored_product(v)`.
-        last_estimate: what this returned for the last step, in squared gradients; 0 if there was
-            none; a scalar.
+        v: a list of tensors shaped as the weights.
+        last_estimate: M_x of the last step, in squared gradients; 0 if there was none; a scalar.
+
+    Returns:
+        D v; M_x in the unit `Product.unit`**2, times `ESTIMATE_MARGIN`.
     """
-    unit = product.unit
-    own = ops.square(product.alpha / unit)
-    last = ops.cast(last_estimate, own.dtype) / ESTIMATE_MARGIN / unit / unit
-    agree = ops.logical_and(last <= _AGREEMENT * own, own <= _AGREEMENT * last)
-    top = eigensolvers.golub_kahan_top(
-        dot=lambda v: [t / unit for t in D.to_examples(v)],
-        combine=lambda u: vectors.scale(D.to_weights(u), 1 / unit),
-        alpha=product.alpha / unit,
-        v=product.direction,
-        u=product.examples,
+    norm = vectors.norm(v)
+    last_estimate = ops.cast(last_estimate, norm.dtype) / ESTIMATE_MARGIN
+
+    def last(alpha):
+        """The last estimate over alpha**2, and whether that is about 1."""
+        last = ops.divide_no_nan(ops.divide_no_nan(last_estimate, alpha), alpha)
+        return last, ops.logical_and(last <= _AGREEMENT, last >= 1 / _AGREEMENT)
+
+    found = eigensolvers.golub_kahan(
+        dot=D.to_examples,
+        combine=D.to_weights,
+        w=[ops.divide_no_nan(x, norm) for x in v],
+        n=D.n_examples,
         max_steps=_MAX_STEPS,
-        limit=ops.cast(ops.where(agree, 1, _MAX_STEPS), "int32"),
+        enough=lambda alpha: last(alpha)[1],
         growth=_GROWTH,
     )
-    return ops.where(agree, ops.maximum(own, last), top) * ESTIMATE_MARGIN
+    product = Product(norm=norm, size=found.size, alpha=found.alpha, direction=found.direction)
+    value, agrees = last(found.alpha)
+    top = ops.where(agrees, ops.maximum(value, 1), found.top)
+    return product, top * ESTIMATE_MARGIN
 
 
 def estimate_by_passes(

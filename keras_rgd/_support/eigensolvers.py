@@ -6,10 +6,13 @@ three squarings take milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable
 from typing import TypeAlias
 
+import numpy as np
 from keras import ops
+from numpy.polynomial import Chebyshev, Polynomial
 
 from keras_rgd._support import vectors
 from keras_rgd._support.rounding import machine_epsilon
@@ -25,8 +28,15 @@ _SQUARINGS = 3
 # smooth on [0, 1/eps) that eight give it to about six digits.
 _LANCZOS_STEPS = 8
 
-# Steps of the iteration for (I + eps K)^-1, each worth a factor of 5.8.
-_CHEBYSHEV_STEPS = 6
+
+def _inverse_of_shifted(degree):
+    """Coefficients of a polynomial in s = 1 - 2x that is about 1 / (1 + x) for x in [0, 1]."""
+    residual = Chebyshev.basis(degree + 1).convert(kind=Polynomial)
+    return ((1 - residual / residual(3)) // Polynomial([1.5, -0.5])).coef
+
+
+# Each degree is worth a factor of 5.8.
+_INVERSE = _inverse_of_shifted(6)
 
 
 def trace_power_bound(k: Tensor, squarings: int = _SQUARINGS) -> Tensor:
@@ -44,23 +54,26 @@ def trace_power_bound(k: Tensor, squarings: int = _SQUARINGS) -> Tensor:
     Returns:
         A scalar tensor, 0 for K = 0.
     """
-    n = ops.cast(ops.shape(k)[0], k.dtype)
-    trace = ops.trace(k)
-    log_bound = ops.log(trace)
-    power = ops.divide_no_nan(k, trace)
-    exponent = 1.0
+    n = k.shape[0] or ops.cast(ops.shape(k)[0], k.dtype)
+    trace = trace_of(k)
+    power, traces = ops.divide_no_nan(k, trace), [trace]
     for _ in range(squarings):
-        power = power @ power
-        exponent /= 2
         # Of trace 1 each time: high powers would leave the range of the dtype.
-        trace_of_power = ops.trace(power)
-        log_bound = log_bound + exponent * ops.log(trace_of_power)
-        power = ops.divide_no_nan(power, trace_of_power)
+        traces.append(ops.sum(ops.square(power)))  # the trace of its square, as it is symmetric
+        power = ops.divide_no_nan(power @ power, traces[-1])
+    exponents = 0.5 ** np.arange(squarings + 1)
+    logs = ops.log(ops.stack(traces)) * ops.convert_to_tensor(exponents, k.dtype)
     spread = ops.maximum(ops.sum(ops.square(power)) - 1 / n, 0)
-    log_bound = log_bound + exponent * ops.log(1 / n + ops.sqrt((1 - 1 / n) * spread))
+    last = 1 / n + ops.sqrt((1 - 1 / n) * spread)
+    log_bound = ops.sum(logs) + exponents[-1] * ops.log(last)
     # Rounding may not take the bound below M.
     rounding = 1 + 4 * n * machine_epsilon(k.dtype)
     return ops.where(trace > 0, ops.exp(log_bound) * rounding, ops.zeros_like(trace))
+
+
+def trace_of(k: Tensor) -> Tensor:
+    """tr K, a scalar tensor; `ops.trace` is 27 operations of TensorFlow."""
+    return ops.sum(ops.diagonal(k))
 
 
 def lanczos_measure(k: Tensor, u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +92,7 @@ def lanczos_measure(k: Tensor, u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
         `(nodes, weights)`, each of shape (m + 1,), the weights summing to 1.
     """
     alphas, betas, basis = [], [], [u]
-    tiny = 8 * machine_epsilon(k.dtype) * ops.trace(k)
+    tiny = 8 * machine_epsilon(k.dtype) * trace_of(k)
     for step in range(_LANCZOS_STEPS):
         product = ops.matmul(k, basis[-1])
         alphas.append(ops.sum(basis[-1] * product))
@@ -111,26 +124,23 @@ def lanczos_measure(k: Tensor, u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
 
 
 def solve_shifted(k: Tensor, epsilon: Tensor, b: Tensor) -> Tensor:
-    """(I + eps K)^-1 b for eps K between 0 and I, by Chebyshev iteration.
+    """(I + eps K)^-1 b for eps K between 0 and I, by a polynomial in K.
 
-    The eigenvalues of the system lie in [1, 2], so each step divides the error by 3 + sqrt(8)
-    (Saad, Iterative Methods for Sparse Linear Systems, algorithm 12.1).
+    That of Chebyshev iteration (Saad, Iterative Methods for Sparse Linear Systems, section 12.3):
+    the eigenvalues of the system lie in [1, 2], so each degree divides the error by 3 + sqrt(8).
 
     Args:
         k: K, shape (N, N), symmetric positive semi-definite.
         epsilon: a scalar tensor.
         b: shape (N,).
     """
-    center, half_width = 1.5, 0.5
-    sigma = center / half_width
-    rho, residual = 1 / sigma, b[:, None]
-    solution = change = residual / center
-    for _ in range(_CHEBYSHEV_STEPS):
-        residual = residual - (change + k @ (epsilon * change))
-        before, rho = rho, 1 / (2 * sigma - rho)
-        change = rho * before * change + (2 * rho / half_width) * residual
-        solution = solution + change
-    return solution[:, 0]
+    twice = 2 * epsilon * k
+    terms = ops.convert_to_tensor(_INVERSE, k.dtype)[:, None, None] * ops.expand_dims(b, 1)
+    *lower, solution = ops.unstack(terms, len(_INVERSE))
+    for term in reversed(lower):
+        # By Horner's rule in I - 2 eps K, between -I and I.
+        solution = solution - twice @ solution + term
+    return ops.squeeze(solution, 1)
 
 
 def moments_measure(lambda_max: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,70 +164,79 @@ def moments_measure(lambda_max: Tensor, first: Tensor, second: Tensor) -> tuple[
     return ops.stack([node, lambda_max]), ops.stack([1 - weight, weight])
 
 
-def golub_kahan_top(
-    dot: Callable[[Vector], Iterable[Tensor]],
-    combine: Callable[[Tensor], Vector],
-    alpha: Tensor,
-    v: Vector,
-    u: Tensor,
-    max_steps: int,
-    limit: Tensor,
-    growth: float,
-) -> Tensor:
-    """The largest eigenvalue of D from below, by Golub-Kahan bidiagonalisation of H G / sqrt(N).
+@dataclasses.dataclass(frozen=True)
+class Bidiagonal:
+    """What `golub_kahan` found of F with D = F^T F, from a vector w of norm 1, or 0."""
 
-    Starts from u, v and alpha with (H G)^T u = alpha sqrt(N) v, and goes on until one more step
-    raises the estimate by less than `growth`, relatively, or `max_steps` are taken. The u are kept
+    size: Tensor  # |F w|, ()
+    alpha: Tensor  # |D w| / |F w|, ()
+    direction: Vector  # D w of norm 1, or 0; a list of tensors
+    top: Tensor  # the largest Ritz value over alpha**2, 0 where alpha is 0, ()
+
+
+def golub_kahan(
+    dot: Callable[[Vector], tuple[Tensor, Tensor]],
+    combine: Callable[[Tensor], Vector],
+    w: Vector,
+    n: int | Tensor,
+    max_steps: int,
+    enough: Callable[[Tensor], Tensor],
+    growth: float,
+) -> Bidiagonal:
+    """D w and the largest eigenvalue of D from below, by Golub-Kahan bidiagonalisation of F.
+
+    The first step makes D w. It goes on until one more step raises the estimate by less than
+    `growth`, relatively, or `max_steps` are taken. What it makes in example space is kept
     orthogonal, and what is rounding alone is no direction: the estimate stays from below also
     where the Krylov space ends, with a few examples or weights.
 
     Args:
-        dot: the function from v to H G v / sqrt(N) and the length of the rounding in it.
-        combine: the function from u to G^T H u / sqrt(N).
-        alpha: the first diagonal entry, a scalar tensor.
-        v: a list of tensors of norm 1.
-        u: shape (N,), of norm 1.
-        max_steps: how many entries the diagonal may have, an int.
-        limit: how many it may have this time, a scalar integer tensor, at most `max_steps`.
+        dot: the function from v to F v, and the length of the rounding in it.
+        combine: the function from u to F^T u.
+        w: a list of tensors, of norm 1 or 0.
+        n: the length of F v, an int or a scalar tensor.
+        max_steps: how many steps there may be, an int.
+        enough: a function of `alpha`, whether one step is enough this time.
         growth: relative growth of the estimate at which it is settled.
-
-    Returns:
-        The largest Ritz value, a scalar tensor.
     """
+    dtype = w[0].dtype
 
     def top(alphas, betas):
-        dtype = alphas.dtype
-        lower = ops.eye(max_steps, dtype=dtype) * alphas
-        lower = lower + ops.eye(max_steps, k=-1, dtype=dtype) * betas[:, None]
+        eye, below = (ops.convert_to_tensor(np.eye(max_steps, k=k), dtype) for k in (0, -1))
+        lower = eye * alphas + below * ops.expand_dims(betas, 1)
+        lower = ops.divide_no_nan(lower, alphas[0])
         return trace_power_bound(lower @ ops.transpose(lower), squarings=6)
 
-    def go_on(step, _alphas, _betas, _basis, _v, before, now):
-        return ops.logical_and(step < limit, now > (1 + growth) * before)
+    def go_on(step, alphas, _betas, _basis, _v, _direction, before, now):
+        unsettled = ops.logical_and(step < max_steps, now > (1 + growth) * before)
+        more = ops.logical_and(unsettled, ops.logical_not(enough(alphas[0])))
+        return ops.logical_or(step == 0, more)
 
-    def one_step(step, alphas, betas, basis, v, _before, now):
+    def one_step(step, alphas, betas, basis, v, direction, _before, now):
+        first = step == 0
         r, rounding = dot(v)
         # Twice is enough. Rows not yet filled are zero.
         for _ in range(2):
             r = r - ops.matmul(ops.matmul(basis, r), basis)
-        beta = ops.norm(r)
-        beta = ops.where(beta > rounding, beta, ops.zeros_like(beta))
+        beta = vectors.norm([r])
+        beta = ops.where(ops.logical_or(first, beta > rounding), beta, ops.zeros_like(beta))
         u = ops.divide_no_nan(r, beta)
-        product = vectors.add(combine(u), v, -beta)
+        product = vectors.add(combine(u), v, ops.where(first, ops.zeros_like(beta), -beta))
         alpha = vectors.norm(product)
         # Where the Krylov space ends, -0 v has no direction either.
         alpha = ops.where(beta > 0, alpha, ops.zeros_like(alpha))
         v = [ops.divide_no_nan(x, alpha) for x in product]
-        alphas = ops.slice_update(alphas, [step], alpha[None])
-        betas = ops.slice_update(betas, [step], beta[None])
-        basis = ops.slice_update(basis, [step, 0], u[None])
-        return step + 1, alphas, betas, basis, v, now, top(alphas, betas)
+        direction = [ops.where(first, x, y) for x, y in zip(v, direction, strict=True)]
+        alphas = ops.slice_update(alphas, [step], ops.expand_dims(alpha, 0))
+        betas = ops.slice_update(betas, [step], ops.expand_dims(beta, 0))
+        basis = ops.slice_update(basis, [step, 0], ops.expand_dims(u, 0))
+        return step + 1, alphas, betas, basis, v, direction, now, top(alphas, betas)
 
-    zeros = ops.zeros([max_steps], alpha.dtype)
-    alphas = ops.slice_update(zeros, [0], alpha[None])
-    basis = ops.concatenate([u[None], ops.zeros([max_steps - 1, ops.shape(u)[0]], u.dtype)])
-    step = ops.ones([], "int32")
-    start = (step, alphas, zeros, basis, v, ops.zeros_like(alpha), ops.square(alpha))
-    return ops.while_loop(go_on, one_step, start)[-1]
+    zero, zeros = ops.zeros([], dtype), ops.zeros([max_steps], dtype)
+    basis, step = ops.zeros([max_steps, n], dtype), ops.zeros([], "int32")
+    start = (step, zeros, zeros, basis, w, w, zero, zero)
+    _, alphas, betas, _, _, direction, _, value = ops.while_loop(go_on, one_step, start)
+    return Bidiagonal(size=betas[0], alpha=alphas[0], direction=direction, top=value)
 
 
 def ritz_step(x: Pair, q: Pair, p: Pair) -> tuple[Vector, Vector, Vector, Vector]:

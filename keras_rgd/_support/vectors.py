@@ -59,7 +59,8 @@ def inner(a: Vector, b: Vector) -> Tensor:
 
 def norm(a: Vector) -> Tensor:
     """Euclidean norm, safe where the squares of the entries leave the range of the dtype."""
-    largest = ops.max(ops.stack([largest_of(x) for x in a]))
+    each = [largest_of(x) for x in a]
+    largest = each[0] if len(each) == 1 else ops.max(ops.stack(each))
     unit = ops.where(largest > 0, largest, ops.ones_like(largest))
     return unit * ops.sqrt(sum(ops.sum(ops.square(x / unit)) for x in a))
 
@@ -67,7 +68,9 @@ def norm(a: Vector) -> Tensor:
 def largest_of(x: Tensor) -> Tensor:
     """The largest absolute value in a tensor, a scalar tensor; 0 in a tensor without entries."""
     # A weight may have none, and a batch no examples.
-    return ops.max(ops.abs(x), initial=0)
+    shape = shape_of(x)
+    empty = shape is None or any(size in (None, 0) for size in shape)
+    return ops.max(ops.abs(x), initial=0 if empty else None)
 
 
 def scale(a: Vector, factor: Any) -> Vector:

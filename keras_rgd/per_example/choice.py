@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from keras_rgd.per_example.batch import Batch
-from keras_rgd.per_example.double_backward import double_backward
-from keras_rgd.per_example.layerwise import layerwise
+from keras_rgd.per_example.double_backward import double_backward_way
+from keras_rgd.per_example.layerwise import layerwise_way
 from keras_rgd.per_example.layerwise.check import check_layerwise
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
@@ -14,7 +14,7 @@ from keras_rgd.per_example.microbatches import in_microbatches
 from keras_rgd.per_example.not_exact import NotExactError
 from keras_rgd.per_example.smaller_batches import check_microbatches
 from keras_rgd.per_example.traces import with_any_size
-from keras_rgd.per_example.vectorized_map import vectorized_map
+from keras_rgd.per_example.vectorized_map import vectorized_map_way
 from keras_rgd.per_example.vectorized_map_checks import check_vectorized_map
 from keras_rgd.per_example.way import Way
 
@@ -85,15 +85,15 @@ def _way(
     n = n or specs.known_size or (None if sizes is None else sizes.known_size)
     if wanted.per_example == "vectorized_map":
         check_vectorized_map(losses, specs, batch, sizes, wanted.compiled)
-        return vectorized_map(losses, "as asked for", wanted.chunk_size, wanted.compiled)
+        return vectorized_map_way(losses, "as asked for", wanted.chunk_size, wanted.compiled)
     if wanted.per_example == "double_backward":
-        return double_backward(losses, "as asked for", wanted.chunk_size)
+        return double_backward_way(losses, "as asked for", wanted.chunk_size)
     try:
         return _layerwise(losses, wanted, specs, batch, sizes, n)
     except NotExactError as error:
         if wanted.per_example == "layerwise":
             raise
-        return double_backward(losses, error.reason, wanted.chunk_size)
+        return double_backward_way(losses, error.reason, wanted.chunk_size)
 
 
 def _layerwise(
@@ -119,4 +119,4 @@ def _layerwise(
             f"{shown.gram_work:.1f} times the products of an SGD step"
         )
     options = dataclasses.replace(options, compiled=wanted.compiled, repeats=shown.repeats)
-    return layerwise(losses, options, reason)
+    return layerwise_way(losses, options, reason)

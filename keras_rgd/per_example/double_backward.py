@@ -14,7 +14,7 @@ from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 from keras_rgd.per_example.way import Way
 
 
-def double_backward(losses, reason, chunk_size=None):
+def double_backward_way(losses, reason, chunk_size=None):
     """The `Way` "double_backward", for any model.
 
     Args:

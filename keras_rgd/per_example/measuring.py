@@ -11,9 +11,9 @@ import numpy as np
 from keras_rgd._support import vectors
 from keras_rgd._support.arguments import check_way
 from keras_rgd.per_example.batch import Batch, mapped
-from keras_rgd.per_example.double_backward import double_backward
+from keras_rgd.per_example.double_backward import double_backward_way
 from keras_rgd.per_example.gradients import working_dtype
-from keras_rgd.per_example.layerwise import layerwise
+from keras_rgd.per_example.layerwise import layerwise_way
 from keras_rgd.per_example.layerwise.check import check_layerwise
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.losses import ExampleLosses
@@ -99,14 +99,14 @@ def _chosen(
     if per_example == "vectorized_map":
         check_vectorized_map(losses, specs, batch)
         return _one_at_a_time(losses, per_example, "as asked for", chunk_size)
-    return measured(losses, double_backward(losses, "as asked for", chunk_size))
+    return measured(losses, double_backward_way(losses, "as asked for", chunk_size))
 
 
 def _layerwise(losses: ExampleLosses, batch: Batch, specs: Batch, precise: bool) -> Way:
     options = LayerwiseOptions(n=batch.size, precise=precise)
     repeats = check_layerwise(losses, specs, options, batch).repeats
     options = LayerwiseOptions(n=batch.size, precise=precise, repeats=repeats)
-    return measured(losses, layerwise(losses, options, "examples do not mix"))
+    return measured(losses, layerwise_way(losses, options, "examples do not mix"))
 
 
 def _without_layerwise(
@@ -117,7 +117,7 @@ def _without_layerwise(
         check_one_at_a_time(losses, specs, batch)
         error = error_of_trial(losses, batch)
     except NotExactError:
-        return measured(losses, double_backward(losses, reason, chunk_size))
+        return measured(losses, double_backward_way(losses, reason, chunk_size))
     name = "vectorized_map" if error is None else "one_by_one"
     return _one_at_a_time(losses, name, reason, chunk_size)
 

@@ -26,7 +26,7 @@ CRASH_UNCOMPILED = {"Einsum", "XlaEinsum", "BatchMatMul", "BatchMatMulV2", "Batc
 NOT_VECTORIZED = {"While", "StatelessWhile", "DepthwiseConv2dNative", "Conv3D"}
 
 
-def vectorized_map(losses, reason, chunk_size=None, compiled=False):
+def vectorized_map_way(losses, reason, chunk_size=None, compiled=False):
     """The `Way` "vectorized_map", for a model that `check_vectorized_map` has passed.
 
     Args:

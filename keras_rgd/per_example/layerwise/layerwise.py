@@ -35,7 +35,7 @@ _POWERS = 3
 _RANGE = 1e-18, 1e30
 
 
-def layerwise(losses, options, reason):
+def layerwise_way(losses, options, reason):
     """The `Way` "layerwise", for a model that `check_layerwise` has passed.
 
     Args:
