@@ -41,6 +41,7 @@ class Product:
     size: Tensor  # |H G w| / sqrt(N), in units of a gradient, ()
     alpha: Tensor  # in units of a gradient, ()
     direction: Vector  # of norm 1, or 0; shaped as the weights
+    examples: Tensor | None = None  # H G w normalised, (N,), where it is kept
 
     @property
     def unit(self) -> Tensor:
@@ -101,13 +102,15 @@ class DiffusionMatrix:
         norm = vectors.norm(v)
         centred, _ = self.to_examples([ops.divide_no_nan(x, norm) for x in v])
         length = vectors.norm([centred])
-        pulled = self.to_weights(ops.divide_no_nan(centred, length))
+        examples = ops.divide_no_nan(centred, length)
+        pulled = self.to_weights(examples)
         alpha = vectors.norm(pulled)
         return Product(
             norm=norm,
             size=length,
             alpha=alpha,
             direction=[ops.divide_no_nan(x, alpha) for x in pulled],
+            examples=examples,
         )
 
     def to_examples(self, v: Vector) -> tuple[Tensor, Tensor]:

@@ -47,27 +47,22 @@ def estimate_by_products(
     Returns:
         D v; M_x in the unit `Product.unit`**2, times `ESTIMATE_MARGIN`.
     """
-    norm = vectors.norm(v)
-    last_estimate = ops.cast(last_estimate, norm.dtype) / ESTIMATE_MARGIN
-
-    def last(alpha):
-        """The last estimate over alpha**2, and whether that is about 1."""
-        last = ops.divide_no_nan(ops.divide_no_nan(last_estimate, alpha), alpha)
-        return last, ops.logical_and(last <= _AGREEMENT, last >= 1 / _AGREEMENT)
-
-    found = eigensolvers.golub_kahan(
+    product = D.factored_product(v)
+    alpha = product.alpha
+    last = ops.cast(last_estimate, alpha.dtype) / ESTIMATE_MARGIN
+    last = ops.divide_no_nan(ops.divide_no_nan(last, alpha), alpha)
+    agrees = ops.logical_and(last <= _AGREEMENT, last >= 1 / _AGREEMENT)
+    top = eigensolvers.golub_kahan_top(
         dot=D.to_examples,
         combine=D.to_weights,
-        w=[ops.divide_no_nan(x, norm) for x in v],
-        n=D.n_examples,
+        alpha=alpha,
+        v=product.direction,
+        u=product.examples,
         max_steps=_MAX_STEPS,
-        enough=lambda alpha: last(alpha)[1],
+        enough=agrees,
         growth=_GROWTH,
     )
-    product = Product(norm=norm, size=found.size, alpha=found.alpha, direction=found.direction)
-    value, agrees = last(found.alpha)
-    top = ops.where(agrees, ops.maximum(value, 1), found.top)
-    return product, top * ESTIMATE_MARGIN
+    return product, ops.where(agrees, ops.maximum(last, 1), top) * ESTIMATE_MARGIN
 
 
 def estimate_by_passes(

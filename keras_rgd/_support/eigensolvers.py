@@ -6,7 +6,6 @@ three squarings take milliseconds.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -164,79 +163,72 @@ def moments_measure(lambda_max: Tensor, first: Tensor, second: Tensor) -> tuple[
     return ops.stack([node, lambda_max]), ops.stack([1 - weight, weight])
 
 
-@dataclasses.dataclass(frozen=True)
-class Bidiagonal:
-    """What `golub_kahan` found of F with D = F^T F, from a vector w of norm 1, or 0."""
-
-    size: Tensor  # |F w|, ()
-    alpha: Tensor  # |D w| / |F w|, ()
-    direction: Vector  # D w of norm 1, or 0; a list of tensors
-    top: Tensor  # the largest Ritz value over alpha**2, 0 where alpha is 0, ()
-
-
-def golub_kahan(
+def golub_kahan_top(
     dot: Callable[[Vector], tuple[Tensor, Tensor]],
     combine: Callable[[Tensor], Vector],
-    w: Vector,
-    n: int | Tensor,
+    alpha: Tensor,
+    v: Vector,
+    u: Tensor,
     max_steps: int,
-    enough: Callable[[Tensor], Tensor],
+    enough: Tensor,
     growth: float,
-) -> Bidiagonal:
-    """D w and the largest eigenvalue of D from below, by Golub-Kahan bidiagonalisation of F.
+) -> Tensor:
+    """The largest eigenvalue of D = F^T F from below, by Golub-Kahan bidiagonalisation of F.
 
-    The first step makes D w. It goes on until one more step raises the estimate by less than
-    `growth`, relatively, or `max_steps` are taken. What it makes in example space is kept
+    Starts from u, v and alpha with F^T u = alpha v, and goes on until one more step raises the
+    estimate by less than `growth`, relatively, or `max_steps` are taken. The u are kept
     orthogonal, and what is rounding alone is no direction: the estimate stays from below also
     where the Krylov space ends, with a few examples or weights.
 
     Args:
         dot: the function from v to F v, and the length of the rounding in it.
         combine: the function from u to F^T u.
-        w: a list of tensors, of norm 1 or 0.
-        n: the length of F v, an int or a scalar tensor.
-        max_steps: how many steps there may be, an int.
-        enough: a function of `alpha`, whether one step is enough this time.
+        alpha: the first diagonal entry, a scalar tensor.
+        v: a list of tensors of norm 1.
+        u: a vector of norm 1.
+        max_steps: how many entries the diagonal may have, an int.
+        enough: whether the first step is enough this time, a bool scalar tensor.
         growth: relative growth of the estimate at which it is settled.
+
+    Returns:
+        The largest Ritz value over alpha**2, a scalar tensor, 0 where alpha is 0.
     """
-    dtype = w[0].dtype
+    dtype, unit = alpha.dtype, alpha
 
     def top(alphas, betas):
         eye, below = (ops.convert_to_tensor(np.eye(max_steps, k=k), dtype) for k in (0, -1))
         lower = eye * alphas + below * ops.expand_dims(betas, 1)
-        lower = ops.divide_no_nan(lower, alphas[0])
+        lower = ops.divide_no_nan(lower, unit)
         return trace_power_bound(lower @ ops.transpose(lower), squarings=6)
 
-    def go_on(step, alphas, _betas, _basis, _v, _direction, before, now):
+    def go_on(step, _alphas, _betas, _basis, _v, before, now):
         unsettled = ops.logical_and(step < max_steps, now > (1 + growth) * before)
-        more = ops.logical_and(unsettled, ops.logical_not(enough(alphas[0])))
-        return ops.logical_or(step == 0, more)
+        return ops.logical_and(unsettled, ops.logical_not(enough))
 
-    def one_step(step, alphas, betas, basis, v, direction, _before, now):
-        first = step == 0
+    def one_step(step, alphas, betas, basis, v, _before, now):
         r, rounding = dot(v)
         # Twice is enough. Rows not yet filled are zero.
         for _ in range(2):
             r = r - ops.matmul(ops.matmul(basis, r), basis)
         beta = vectors.norm([r])
-        beta = ops.where(ops.logical_or(first, beta > rounding), beta, ops.zeros_like(beta))
+        beta = ops.where(beta > rounding, beta, ops.zeros_like(beta))
         u = ops.divide_no_nan(r, beta)
-        product = vectors.add(combine(u), v, ops.where(first, ops.zeros_like(beta), -beta))
+        product = vectors.add(combine(u), v, -beta)
         alpha = vectors.norm(product)
         # Where the Krylov space ends, -0 v has no direction either.
         alpha = ops.where(beta > 0, alpha, ops.zeros_like(alpha))
         v = [ops.divide_no_nan(x, alpha) for x in product]
-        direction = [ops.where(first, x, y) for x, y in zip(v, direction, strict=True)]
         alphas = ops.slice_update(alphas, [step], ops.expand_dims(alpha, 0))
         betas = ops.slice_update(betas, [step], ops.expand_dims(beta, 0))
         basis = ops.slice_update(basis, [step, 0], ops.expand_dims(u, 0))
-        return step + 1, alphas, betas, basis, v, direction, now, top(alphas, betas)
+        return step + 1, alphas, betas, basis, v, now, top(alphas, betas)
 
-    zero, zeros = ops.zeros([], dtype), ops.zeros([max_steps], dtype)
-    basis, step = ops.zeros([max_steps, n], dtype), ops.zeros([], "int32")
-    start = (step, zeros, zeros, basis, w, w, zero, zero)
-    _, alphas, betas, _, _, direction, _, value = ops.while_loop(go_on, one_step, start)
-    return Bidiagonal(size=betas[0], alpha=alphas[0], direction=direction, top=value)
+    zeros, step = ops.zeros([max_steps], dtype), ops.ones([], "int32")
+    alphas = ops.slice_update(zeros, [0], ops.expand_dims(alpha, 0))
+    basis = ops.pad(ops.expand_dims(u, 0), [[0, max_steps - 1], [0, 0]])
+    own = ops.cast(alpha > 0, dtype)
+    start = (step, alphas, zeros, basis, v, ops.zeros_like(own), own)
+    return ops.while_loop(go_on, one_step, start)[-1]
 
 
 def ritz_step(x: Pair, q: Pair, p: Pair) -> tuple[Vector, Vector, Vector, Vector]:
