@@ -28,7 +28,7 @@ import zoos  # noqa: E402
 from tensorflow.python.framework import ops  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
-TESTS_BETWEEN_RELEASES = 25
+TESTS_BETWEEN_TRIMS = 10
 LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
@@ -71,19 +71,27 @@ def _fresh(request):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     request.config.tests_run += 1
-    if request.config.tests_run % TESTS_BETWEEN_RELEASES == 0:
-        _release_memory()
+    _release_memory(trim=request.config.tests_run % TESTS_BETWEEN_TRIMS == 0)
 
 
-def _release_memory():
-    """Give back what models that are gone have left, of which the allocator would keep most."""
+def pytest_collection_finish(session):
+    """What is imported stays, and need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def _release_memory(trim):
+    """Give back what models that are gone have left, of which the allocator would keep most.
+
+    After each test: TensorFlow takes a second for each graph among many that go at once.
+    """
     registered = ops.gradient_registry._registry
     for name in [n for n in registered if n.startswith("CustomGradient-")]:
         if _is_of_all_reduce(registered[name]["type"]):
             del registered[name]
     gc.collect()
     keras.utils.clear_session(free_memory=False)
-    if LIBC is not None:
+    if trim and LIBC is not None:
         LIBC.malloc_trim(0)
 
 
