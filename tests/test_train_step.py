@@ -266,14 +266,18 @@ ALL_LAYERS = ("double_backward", "pieces")  # ways that serve recurrent ones too
 
 @pytest.mark.parametrize(
     ("way", "recurrent", "regularizer"),
-    [(w, False, r) for w in WAYS for r in (None, "l2")] + [(w, True, "l2") for w in ALL_LAYERS],
+    [
+        ("layerwise", False, None),
+        *((way, False, "l2") for way in WAYS),
+        *((way, True, "l2") for way in ALL_LAYERS),
+    ],
 )
 def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regularizer):
     after = []
     for optimizer in (keras_rgd.RGD(0.1, **options(way)), keras.optimizers.SGD(0.1)):
         keras.utils.set_random_seed(1)
         hidden = L.Dense(4, kernel_regularizer=regularizer)
-        stack = [L.Reshape((4, 2)), L.LSTM(3)] if recurrent else []
+        stack = [L.Reshape((4, 2)), L.SimpleRNN(3)] if recurrent else []
         model = classifier(optimizer, *stack, hidden)
         before = reference.flatten(model.trainable_variables)
         odd_batches(model, [0, 0])
@@ -300,9 +304,11 @@ def test_a_batch_without_examples_between_others(way):
 @pytest.mark.parametrize("shape", ["image", "sequence", "vector"])
 def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
     x = {"image": (1, 6, 6, 1), "sequence": (1, 4, 3), "vector": (1, 5)}[shape]
-    stack = {"image": [L.Conv2D(2, 3), L.Flatten()], "sequence": [L.LSTM(2)], "vector": []}[shape]
+    stack = {"image": [L.Conv2D(2, 3), L.Flatten()], "sequence": [L.SimpleRNN(2)], "vector": []}[
+        shape
+    ]
     x = RNG.normal(size=x).astype("float32")
-    model = keras_rgd.RGDSequential([keras.Input(x.shape[1:]), *stack, L.Dense(3)])
+    model = keras_rgd.RGDSequential([keras.Input(x.shape[1:]), *stacks[shape], L.Dense(3)])
     optimizer = keras_rgd.RGD(1.0, microbatch_size=4)
     model.compile(optimizer, cases.CROSSENTROPY())
     (gradient,) = rows(model, crossentropy(model, x, np.array([1])))

@@ -4,8 +4,6 @@ What does not depend on the backend is in `any_backend/test_window_anywhere.py`.
 """
 
 import functools
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -105,66 +103,6 @@ def test_dense_over_a_time_axis_trains_where_the_batch_size_is_open():
         centred = (V - V.mean(0)) / np.sqrt(max(len(V) - 1, 1))
         expected = V[-1] - float(optimizer.chosen_epsilon) * (centred.T @ (centred @ V[-1]))
         assert reference.relative_error(step, expected) < 1e-4
-
-
-def test_a_model_of_keras_applications_trains_as_it_is():
-    model = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
-    loss = keras.losses.SparseCategoricalCrossentropy()
-    model.compile(keras_rgd.RGD(0.05, window=8), loss)
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 3, 48)
-    x = (rng.normal(size=(48, 32, 32, 3)) + y[:, None, None, None]).astype("float32")
-    losses = model.fit(x, y, batch_size=16, epochs=4, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
-    assert model.optimizer.diffusion_matrix().rank() == 7
-
-
-STRATEGY = """
-import sys
-import numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import keras, keras_rgd
-
-def trained(strategy, options):
-    with strategy.scope():
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, "tanh"),
-                                  keras.layers.Dense(1)])
-        model.compile(keras_rgd.RGD(0.1, window=4, batch_size=8, **options), "mse")
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(96, 5)), rng.normal(size=(96, 1))
-    model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
-    optimizer = model.optimizer
-    values = [*model.get_weights(), optimizer.lambda_max, optimizer.chosen_epsilon]
-    return [np.array(v) for v in values], optimizer.diffusion_matrix().eigenvalues()[:3]
-
-for options in ({}, {"momentum": 0.9, "global_clipnorm": 0.5}):
-    one, spectrum = trained(tf.distribute.get_strategy(), options)
-    two, spectra = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), options)
-    for a, b in zip([*one, spectrum], [*two, spectra]):
-        np.testing.assert_allclose(b, a, rtol=2e-4, atol=1e-5)
-    print("equal", float(one[-1]) > 0)
-
-class Elsewhere(keras_rgd.RGD):
-    # As of a Keras that clips elsewhere.
-    def _clip_gradients(self, grads):
-        return grads
-
-keras_rgd.RGD = Elsewhere
-try:
-    trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), {})
-except RuntimeError as error:
-    print("refused" if "took an update without asking" in str(error) else error)
-"""
-
-
-def test_two_replicas_take_the_steps_of_one():
-    result = subprocess.run(
-        [sys.executable, "-c", STRATEGY], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["equal", "True"] * 2 + ["refused"]
 
 
 def test_an_rgd_model_with_a_window_is_its_parent():
