@@ -304,9 +304,7 @@ def test_a_batch_without_examples_between_others(way):
 @pytest.mark.parametrize("shape", ["image", "sequence", "vector"])
 def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
     x = {"image": (1, 6, 6, 1), "sequence": (1, 4, 3), "vector": (1, 5)}[shape]
-    stack = {"image": [L.Conv2D(2, 3), L.Flatten()], "sequence": [L.SimpleRNN(2)], "vector": []}[
-        shape
-    ]
+    stacks = {"image": [L.Conv2D(2, 3), L.Flatten()], "sequence": [L.SimpleRNN(2)], "vector": []}
     x = RNG.normal(size=x).astype("float32")
     model = keras_rgd.RGDSequential([keras.Input(x.shape[1:]), *stacks[shape], L.Dense(3)])
     optimizer = keras_rgd.RGD(1.0, microbatch_size=4)
