@@ -28,7 +28,7 @@ import zoos  # noqa: E402
 from tensorflow.python.framework import ops  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
-TESTS_BETWEEN_TRIMS = 10
+TESTS_BETWEEN_TRIMS = 25
 LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
@@ -74,22 +74,21 @@ def _fresh(request):
     _release_memory(trim=request.config.tests_run % TESTS_BETWEEN_TRIMS == 0)
 
 
-def pytest_collection_finish(session):
-    """What is imported stays, and need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-
-
 def _release_memory(trim):
-    """Give back what models that are gone have left, of which the allocator would keep most.
+    """Give back what models that are gone have left.
 
-    After each test: TensorFlow takes a second for each graph among many that go at once.
+    After each test, as TensorFlow takes long for graphs of which many go at once. What is still
+    there is looked through again only where memory is trimmed, of which the allocator would keep
+    most.
     """
     registered = ops.gradient_registry._registry
     for name in [n for n in registered if n.startswith("CustomGradient-")]:
         if _is_of_all_reduce(registered[name]["type"]):
             del registered[name]
+    if trim:
+        gc.unfreeze()
     gc.collect()
+    gc.freeze()
     keras.utils.clear_session(free_memory=False)
     if trim and LIBC is not None:
         LIBC.malloc_trim(0)

@@ -60,33 +60,12 @@ def test_a_way_is_exact_or_refuses_a_layer_by_name(way, case):
         ("sequences", "layerwise", "float32"),
         ("losses", "layerwise", "float64"),
         ("recurrent", "double_backward", "float32"),
-        ("recurrent and random", "double_backward", "float32"),
         ("kinds", "double_backward", "float64"),
         ("kinds", "vectorized_map", "float64"),
     ],
 )
 def test_layers_side_by_side_are_exact_under_xla(zoo, way, dtype):
-    """The direction of each case's weights, of which the message names the wrong ones."""
-    names = zoos.ZOOS[zoo]
-    step, dense = zoos.step(names, way, dtype), zoos.oracle(names, dtype)
-    assert step.way == way
-    assert 0.3 <= step.epsilon * np.linalg.eigvalsh(dense.K)[-1] < 1
-    centred = dense.G - dense.G.mean(0)
-    expected = dense.v - step.epsilon * centred.T @ (centred @ dense.v) / len(centred)
-    tolerance = TOLERANCE["xla"] if dtype == "float32" else 1e-10
-    wrong, start = {}, 0
-    for name, arrays in step.directions.items():
-        end = start + sum(a.size for a in arrays)
-        size = np.linalg.norm(expected[start:end])
-        # The term with D is seen.
-        assert np.linalg.norm(dense.v[start:end] - expected[start:end]) > 10 * tolerance * size
-        for i, received in enumerate(arrays):
-            error = np.linalg.norm(received.ravel() - expected[start : start + received.size])
-            if not error <= tolerance * size:
-                wrong[f"{name}, weight {i} {received.shape}"] = error / size
-            start += received.size
-    assert start == len(expected)
-    assert not wrong
+    zoos.assert_equals_dense_D(zoo, way, dtype)
 
 
 def test_a_loss_of_ones_own_is_exact_under_xla():

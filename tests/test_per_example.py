@@ -336,7 +336,7 @@ def test_a_small_part_of_the_loss_that_the_lanes_miss_is_refused_by_the_weights_
 @pytest.mark.parametrize("name", ["stateful", "spectral"])
 def test_measuring_leaves_states_and_assigned_kernels_as_they_were(name):
     stack = {
-        "stateful": [L.Reshape((2, 1)), L.LSTM(2, stateful=True, name="rnn")],
+        "stateful": [L.Reshape((2, 1)), L.SimpleRNN(2, stateful=True, name="rnn")],
         "spectral": [L.SpectralNormalization(L.Dense(4), name="norm")],
     }[name]
     model = keras.Sequential([keras.Input(batch_shape=(2, 2)), *stack, L.Dense(3)])

@@ -317,7 +317,7 @@ def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
 # weights that are frozen and unfrozen
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS[:3])
 def test_frozen_layers_with_the_same_optimizer(way):
     optimizer = keras_rgd.RGD(1.0, **options(way))
     model = classifier(optimizer, L.Dense(6, activation="tanh", name="base"), L.Dense(4))
@@ -331,7 +331,7 @@ def test_frozen_layers_with_the_same_optimizer(way):
         assert reference.relative_error(step, expected) < 1e-5
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["auto", "pieces"])
 def test_weights_that_the_optimizer_does_not_know_are_refused_in_keras_words(way):
     optimizer = keras_rgd.RGD(1.0, **options(way))
     base = L.Dense(6, name="base", trainable=False)

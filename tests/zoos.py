@@ -50,7 +50,7 @@ ZOOS = {
     ),
     # Two of them: XLA needs much memory for the second derivatives of loops.
     "recurrent": ("batch_normalization_conv", "embedding_mask_lstm", "simple_rnn"),
-    "recurrent and random": ("lstm_dropout", "bidirectional"),
+    "recurrent and random": ("lstm_dropout", "bidirectional"),  # with the programs
     "kinds": (
         "conv2d",
         "embedding_mask_loss",
@@ -97,6 +97,30 @@ def oracle(names, dtype, jit_compile=True):
         np.concatenate([dense.G for dense in alone], axis=1),
         np.concatenate([dense.v for dense in alone]),
     )
+
+
+def assert_equals_dense_D(zoo, way, dtype):
+    """The direction of each case's weights, of which the message names the wrong ones."""
+    names = ZOOS[zoo]
+    taken, dense = step(names, way, dtype), oracle(names, dtype)
+    assert taken.way == way
+    assert 0.3 <= taken.epsilon * np.linalg.eigvalsh(dense.K)[-1] < 1
+    centred = dense.G - dense.G.mean(0)
+    expected = dense.v - taken.epsilon * centred.T @ (centred @ dense.v) / len(centred)
+    tolerance = 1e-4 if dtype == "float32" else 1e-10
+    wrong, start = {}, 0
+    for name, arrays in taken.directions.items():
+        end = start + sum(a.size for a in arrays)
+        size = np.linalg.norm(expected[start:end])
+        # The term with D is seen.
+        assert np.linalg.norm(dense.v[start:end] - expected[start:end]) > 10 * tolerance * size
+        for i, received in enumerate(arrays):
+            error = np.linalg.norm(received.ravel() - expected[start : start + received.size])
+            if not error <= tolerance * size:
+                wrong[f"{name}, weight {i} {received.shape}"] = error / size
+            start += received.size
+    assert start == len(expected)
+    assert not wrong
 
 
 def _values(model):
