@@ -226,7 +226,7 @@ def golub_kahan_top(
     zeros, step = ops.zeros([max_steps], dtype), ops.ones([], "int32")
     alphas = ops.slice_update(zeros, [0], ops.expand_dims(alpha, 0))
     basis = ops.pad(ops.expand_dims(u, 0), [[0, max_steps - 1], [0, 0]])
-    own = ops.cast(alpha > 0, dtype)
+    own = ops.divide_no_nan(alpha, alpha)  # 1 or 0, or NaN of what is not finite
     start = (step, alphas, zeros, basis, v, ops.zeros_like(own), own)
     return ops.while_loop(go_on, one_step, start)[-1]
 
