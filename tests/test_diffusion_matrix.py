@@ -366,6 +366,14 @@ def test_solve_shifted_equals_a_dense_solve(epsilon):
     assert np.linalg.norm(received - expected) < 2e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_norm_is_right_where_squares_leave_float32(size):
+    parts = [tf.constant([3 * size, 0]), tf.zeros([0]), tf.constant([[4 * size]])]
+    assert float(vectors.norm(parts)) == pytest.approx(5 * size)
+    assert float(vectors.norm(parts[:1])) == pytest.approx(3 * size)
+    assert float(vectors.norm(parts[1:2])) == 0
+
+
 def test_trace_power_bound_of_zero_is_zero():
     assert float(eigensolvers.trace_power_bound(tf.zeros([5, 5]))) == 0
 
