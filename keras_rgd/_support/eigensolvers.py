@@ -64,7 +64,7 @@ def trace_power_bound(k: Tensor, squarings: int = _SQUARINGS) -> Tensor:
     logs = ops.log(ops.stack(traces)) * ops.convert_to_tensor(exponents, k.dtype)
     spread = ops.maximum(ops.sum(ops.square(power)) - 1 / n, 0)
     last = 1 / n + ops.sqrt((1 - 1 / n) * spread)
-    log_bound = ops.sum(logs) + exponents[-1] * ops.log(last)
+    log_bound = ops.sum(logs) + float(exponents[-1]) * ops.log(last)
     # Rounding may not take the bound below M.
     rounding = 1 + 4 * n * machine_epsilon(k.dtype)
     return ops.where(trace > 0, ops.exp(log_bound) * rounding, ops.zeros_like(trace))
