@@ -9,12 +9,11 @@ import numpy as np
 import scipy.linalg
 from keras import ops
 
-from keras_rgd import epsilon as epsilon_rules
 from keras_rgd._support import centring, vectors
 from keras_rgd._support.arguments import is_real
 from keras_rgd._support.vectors import Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
-from keras_rgd.spectral_measure import SpectralMeasure
+from keras_rgd.epsilon import Rule, SpectralMeasure, choose
 
 
 class DiffusionMetric:
@@ -30,7 +29,7 @@ class DiffusionMetric:
             `DiffusionMatrix`.
     """
 
-    def __init__(self, diffusion_matrix: DiffusionMatrix, epsilon: float | epsilon_rules.Rule):
+    def __init__(self, diffusion_matrix: DiffusionMatrix, epsilon: float | Rule):
         if not isinstance(diffusion_matrix, DiffusionMatrix):
             raise ValueError(
                 "`diffusion_matrix` must be a DiffusionMatrix, as keras_rgd.diffusion_matrix("
@@ -38,7 +37,7 @@ class DiffusionMetric:
                 f"{type(diffusion_matrix).__name__}"
             )
         self.diffusion_matrix = diffusion_matrix
-        if isinstance(epsilon, epsilon_rules.Rule):
+        if isinstance(epsilon, Rule):
             gradient = diffusion_matrix.gradients.gradient
             epsilon = choose_epsilon(diffusion_matrix, epsilon, gradient)
         top = diffusion_matrix.top_eigenvalue()
@@ -134,7 +133,7 @@ def weak_field_error(eigenvalues: Any, epsilon: float) -> float:
 
 
 def choose_epsilon(
-    diffusion_matrix: DiffusionMatrix, rule: epsilon_rules.Rule, v: Vector, iteration: int = 0
+    diffusion_matrix: DiffusionMatrix, rule: Rule, v: Vector, iteration: int = 0
 ) -> float:
     """eps by `rule` for the exact spectrum of D along v, a float.
 
@@ -145,7 +144,7 @@ def choose_epsilon(
         iteration: number of steps taken, for a schedule.
     """
     seen = _measure_along(diffusion_matrix, v)
-    epsilon, _ = epsilon_rules.choose(rule, seen, iteration)
+    epsilon, _ = choose(rule, seen, iteration)
     return float(seen.in_true_units(epsilon))
 
 

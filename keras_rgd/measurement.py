@@ -9,12 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_rgd import record_values as values_of
 from keras_rgd._keras.models import layers_of
 from keras_rgd._support.arguments import check_training
 from keras_rgd.diffusion_matrix import DiffusionMatrix, NotFiniteError
 from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.records import DiffusionRecord
+from keras_rgd.records import values as values_of
 
 # How many leading eigenvectors are compared between records.
 _OVERLAP = 10

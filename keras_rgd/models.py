@@ -182,9 +182,8 @@ class _StepState:
         wanted = per_example.Wanted(
             rgd.per_example, rgd.chunk_size, rgd.microbatch_size, bool(model.jit_compile)
         )
-        self.ways = per_example.StepWays(
-            model, wanted, functools.partial(setattr, rgd, "per_example_choice")
-        )
+        told = functools.partial(setattr, rgd, "per_example_choice")
+        self.ways = per_example.StepWays(model, wanted, per_example.choose_way, told)
         self.preparing = False
 
 

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import reference  # noqa: E402
 import steps  # noqa: E402
+import tensorflow as tf  # noqa: E402
 import zoos  # noqa: E402
 from tensorflow.python.framework import ops  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
@@ -59,6 +60,18 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_configure(config):
     config.tests_run = 0
+    # Garbage is collected after each test, and not while its graphs grow.
+    gc.disable()
+
+
+def pytest_collection_modifyitems(items):
+    """What is traced here runs once or twice, where TensorFlow's optimization of graphs costs more.
+
+    Sweeps, programs, examples and other backends run as users do.
+    """
+    here = all(item.path.parent.name != "integration" for item in items)
+    if here and not any(item.get_closest_marker("wide") for item in items):
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
 @pytest.fixture(autouse=True)

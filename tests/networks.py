@@ -12,6 +12,7 @@ import reference
 import scipy.integrate
 import steps
 from keras import layers as L
+from wide import swept
 
 import keras_rgd
 
@@ -21,7 +22,7 @@ RNG = np.random.default_rng(0)
 X, LABELS = RNG.normal(size=(9, 3)), RNG.integers(0, 3, 9)
 IMAGES, TARGETS = RNG.normal(size=(6, 5, 5, 1)), RNG.normal(size=(6, 2))
 C = 0.4  # eps lambda_max at a network's start
-TIMES = np.linspace(0, 1, 4)
+TIMES = np.linspace(0, 0.4, 4)
 
 
 class Network:
@@ -121,8 +122,10 @@ def built(name):
         return BUILDERS[name]()
 
 
-def on(*names):
-    return pytest.mark.parametrize("network", names, indirect=True)
+def on(*names, always=None):
+    """The test's `network` is each of these, but for some only with `-m wide`."""
+    values = swept(names, names if always is None else always)
+    return pytest.mark.parametrize("network", values, indirect=True)
 
 
 def same(actual, expected, tolerance=1e-9):

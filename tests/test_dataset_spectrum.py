@@ -14,6 +14,7 @@ import tensorflow as tf
 from cases import BY_NAME
 from keras import layers as L
 from sklearn.datasets import load_digits
+from wide import swept
 
 import keras_rgd
 
@@ -290,12 +291,15 @@ def model_and_dense(name):
         return model, reference.eager(twin, *batch, case.loss_shape, training=False)
 
 
+LAYERS = ["conv2d", "batch_normalization", "dropout", "lstm", "dictionaries", "weights_over_time"]
+LAYERS += ["regularizers", "shared_layer"]
+FEW = [("conv2d", "gram"), ("batch_normalization", "covariance"), ("regularizers", "iterative")]
+FEW += [("weights_over_time", "iterative"), ("lstm", "covariance")]
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["conv2d", "batch_normalization", "dropout", "lstm", "dictionaries", "weights_over_time"]
-    + ["regularizers", "shared_layer"],
+    "name, method", swept([(name, method) for name in LAYERS for method in METHODS], FEW)
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_any_layer_and_loss(name, method):
     model, dense = model_and_dense(name)
     batch = BY_NAME[name].batch()

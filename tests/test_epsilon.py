@@ -8,6 +8,7 @@ import steps
 import tensorflow as tf
 from cases import BY_NAME
 from rows import random_rows
+from wide import swept
 
 import keras_rgd
 from keras_rgd import DiffusionMatrix
@@ -122,8 +123,10 @@ def take(rule, way="vectorized_map", mode="graph", name="dense"):
     return step, steps.oracle(name), optimizer
 
 
-@pytest.mark.parametrize("mode", steps.MODES)
-@pytest.mark.parametrize("tolerance", [0.01, 0.05])
+MET = [(tolerance, mode) for tolerance in (0.01, 0.05) for mode in steps.MODES]
+
+
+@pytest.mark.parametrize("tolerance, mode", swept(MET, [(0.01, "graph"), (0.05, "xla")]))
 def test_weak_field_meets_its_tolerance_on_the_step(tolerance, mode):
     step, dense, _ = take(WeakField(tolerance), mode=mode)
     error = dense.error_on_step(step.epsilon)
@@ -177,10 +180,11 @@ class Told(keras_rgd.epsilon.Rule):
         return {"factor": self.factor}
 
 
-@pytest.mark.parametrize(
-    "factor, least, cuts", [(0.5, 0.3, 0), (5.0, 0.6, 1), (-1.0, 0, 1), (float("nan"), 0, 1)]
-)
-@pytest.mark.parametrize("way", ["double_backward", "vectorized_map"])
+OWN = [(0.5, 0.3, 0), (5.0, 0.6, 1), (-1.0, 0, 1), (float("nan"), 0, 1)]
+OWN = [(way, *told) for way in ("double_backward", "vectorized_map") for told in OWN]
+
+
+@pytest.mark.parametrize("way, factor, least, cuts", swept(OWN, [*OWN[1:3], *OWN[-3:]]))
 def test_what_a_rule_of_ones_own_returns_stays_below_the_bound(way, factor, least, cuts):
     step, dense, optimizer = take(Told(factor), way)
     assert least <= step.epsilon * dense.lambda_max < 1

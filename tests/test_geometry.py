@@ -9,6 +9,7 @@ import steps
 import tensorflow as tf
 from keras import layers as L
 from networks import CROSSENTROPY, CURVED, LABELS, C, X, along, finite_differences, lists, on, same
+from wide import swept
 
 import keras_rgd
 from keras_rgd import geometry
@@ -98,11 +99,11 @@ def test_the_weak_field_approaches_the_exact_symbols_as_epsilon_squared(network)
     assert ratio == pytest.approx(4, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["conv2d", "lstm", "embedding", "multi_head_attention", "group_normalization", "transformer"]
-    + ["two_inputs_two_outputs", "weights_over_time", "frozen_layer"],
-)
+LAYERS = ["conv2d", "lstm", "embedding", "multi_head_attention", "group_normalization"]
+LAYERS += ["transformer", "two_inputs_two_outputs", "weights_over_time", "frozen_layer"]
+
+
+@pytest.mark.parametrize("name", swept(LAYERS, ["conv2d", "embedding", "weights_over_time"]))
 def test_derivatives_of_any_layer_are_those_of_per_example_gradients(name):
     case = cases.BY_NAME[name]
     model = steps.build(case, "float64")

@@ -27,11 +27,11 @@ def test_the_divergence_of_D_is_that_of_dense_arrays(network):
 @on("mlp")
 def test_probes_estimate_the_divergence_within_their_error_bars(network):
     exact = reference.flatten(geometry.diffusion_divergence(*network.data).value)
-    estimate = geometry.diffusion_divergence(*network.data, probes=300, seed=1)
+    estimate = geometry.diffusion_divergence(*network.data, probes=100, seed=1)
     error = reference.flatten(estimate.standard_error)
     deviation = (reference.flatten(estimate.value) - exact) / error
     assert np.sqrt(np.mean(deviation**2)) == pytest.approx(1, abs=0.5)
-    more = geometry.diffusion_divergence(*network.data, probes=1200, seed=1)
+    more = geometry.diffusion_divergence(*network.data, probes=400, seed=1)
     ratio = np.median(error / reference.flatten(more.standard_error))
     assert ratio == pytest.approx(2, rel=0.2)
 
@@ -167,21 +167,24 @@ def test_an_ensemble_of_whole_batches_is_gradient_descent(network):
     assert np.all(ensemble.spread < 1e-20)
 
 
+RUNS = 1000
+
+
 @on("points")
 def test_the_covariance_of_one_step_is_D_over_the_batch_size(network):
     ensemble = geometry.sgd_ensemble(
-        *network.data, 1, learning_rate=0.3, batch_size=4, runs=4000, seed=3
+        *network.data, 1, learning_rate=0.3, batch_size=4, runs=RUNS, seed=3
     )
     expected = 0.3**2 * network.dense.D(network.start) / 4
     covariance = ensemble.covariance(1)
-    assert np.linalg.norm(covariance - expected) <= 0.08 * np.linalg.norm(expected)
+    assert np.linalg.norm(covariance - expected) <= 0.15 * np.linalg.norm(expected)
     assert ensemble.spread[1] == pytest.approx(np.trace(covariance), rel=1e-9)
     mean = network.start - 0.3 * network.dense.v(network.start)
-    error = np.sqrt(np.diag(expected) / 4000)
+    error = np.sqrt(np.diag(expected) / RUNS)
     assert np.all(np.abs(ensemble.mean[1] - mean) < 5 * error)
     # Without replacement it is less, by (N - B) / (N - 1).
     other = geometry.sgd_ensemble(
-        *network.data, 1, learning_rate=0.3, batch_size=4, runs=4000, replacement=False
+        *network.data, 1, learning_rate=0.3, batch_size=4, runs=RUNS, replacement=False
     )
     assert other.spread[1] / ensemble.spread[1] == pytest.approx(5 / 8, rel=0.1)
-    assert ensemble.deviations(1).shape == (4000, 3)
+    assert ensemble.deviations(1).shape == (RUNS, 3)

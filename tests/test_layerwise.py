@@ -13,6 +13,7 @@ import tensorflow as tf
 from cases import BY_NAME
 from hypothesis import strategies as st
 from keras import layers as L
+from wide import swept
 
 import keras_rgd
 from keras_rgd import per_example as ways
@@ -394,7 +395,10 @@ def test_more_timesteps_than_examples_in_an_unrolled_layer():
         assert reference.relative_error(auto, other) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["used in two ways", "class token", "strided convolution"])
+UNKNOWN_SIZE = ["used in two ways", "class token", "strided convolution"]
+
+
+@pytest.mark.parametrize("name", swept(UNKNOWN_SIZE, UNKNOWN_SIZE[:1]))
 def test_batches_of_unknown_size(name):
     x, y = own_batch()
     auto, other = directions(lambda: own_model(*OWN[name]), x, y, 4)

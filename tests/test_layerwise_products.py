@@ -11,6 +11,7 @@ import steps
 import tensorflow as tf
 from keras import layers as L
 from test_layerwise import Own
+from wide import swept
 
 import keras_rgd
 from keras_rgd.direction import direction_of
@@ -175,8 +176,13 @@ def masked_batch(shape, fill):
     return x, rng.integers(0, 3, N), weights
 
 
-@pytest.mark.parametrize("gram", [True, False], ids=["gram", "products"])
-@pytest.mark.parametrize("name", LAYERS)
+# By the Gram matrix each closed form, by products one of each kind.
+BOTH = [(name, gram) for name in LAYERS for gram in (True, False)]
+FEW = [(name, True) for name in LAYERS if not name.startswith(("conv2d of", "conv3d", "einsum"))]
+FEW += [("dense", False), ("conv2d", False), ("low rank", False), ("used twice", False)]
+
+
+@pytest.mark.parametrize("name, gram", swept(BOTH, FEW))
 def test_an_example_of_weight_0_may_hold_any_finite_number(name, gram, monkeypatch):
     if not gram:
         monkeypatch.setattr(layerwise, "_GRAM_STEPS", 0)
@@ -367,8 +373,10 @@ OPEN = {
 }
 
 
-@pytest.mark.parametrize("name", OPEN)
-@pytest.mark.parametrize("n", [6, None], ids=["known N", "open N"])
+@pytest.mark.parametrize(
+    "name, n",
+    swept([(name, n) for name in OPEN for n in (6, None)], [("text", None), ("attention", 6)]),
+)
 def test_lengths_that_are_open_are_served(name, n):
     rng = np.random.default_rng(0)
     batches, shape = [], [n, None] if name != "steps side by side" else [n, None, D]

@@ -12,6 +12,7 @@ import pytest
 import steps
 from cases import BY_NAME
 from keras import layers as L
+from wide import swept
 
 import keras_rgd
 from keras_rgd import DiffusionMonitor
@@ -78,7 +79,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", swept(NAMES, ["dense", "batch_normalization", "regularizers"]))
 def test_records_equal_dense_numpy(name):
     case = BY_NAME[name]
     x, y, _ = case.batch()
@@ -109,7 +110,10 @@ def test_records_in_training_mode_are_of_the_batch_itself():
         assert getattr(record, field) == pytest.approx(expected[field], rel=1e-3)
 
 
-@pytest.mark.parametrize("name, sizes", [("conv2d", (1, 4, 50)), ("lstm", (4,))])
+SIZES = [("conv2d", (4,)), ("conv2d", (1, 50)), ("lstm", (4,))]
+
+
+@pytest.mark.parametrize("name, sizes", swept(SIZES, SIZES[:1]))
 def test_chunks_change_no_record(name, sizes):
     case = BY_NAME[name]
     monitors = [DiffusionMonitor(case.batch()[:2], chunk_size=size) for size in (None, *sizes)]
@@ -282,8 +286,13 @@ def test_its_main_numbers_reach_the_callbacks_behind_it(tmp_path):
     assert [float(row["lambda_max"]) for row in rows] == pytest.approx(history["lambda_max"])
 
 
-@pytest.mark.parametrize("name", ["dropout", "batch_normalization"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "name, training",
+    swept(
+        [(name, t) for name in ("dropout", "batch_normalization") for t in (False, True)],
+        [("dropout", True), ("batch_normalization", False)],
+    ),
+)
 def test_measuring_changes_nothing_in_the_training(name, training):
     case = BY_NAME[name]
     x, y, _ = case.batch()

@@ -10,6 +10,7 @@ import tensorflow as tf
 from case_models import AddsLoss, MixesExamples
 from cases import BY_NAME
 from keras import layers as L
+from wide import swept
 
 import keras_rgd
 from keras_rgd._support import arguments, vectors
@@ -53,7 +54,12 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("name, way", MEASURED)
+# Of the layers, whose forms have tests of their own, a few.
+FEW = [m for m in MEASURED if m[1] != "layerwise" or m[0] in ("dropout", "regularizers")]
+FEW += [("weights_over_time", "layerwise"), ("embedding_mask_loss", "layerwise")]
+
+
+@pytest.mark.parametrize("name, way", swept(MEASURED, FEW))
 def test_every_operation_equals_the_dense_one(name, way):
     case = BY_NAME[name]
     model, twin = steps.build(case), steps.build(case, "float64")
@@ -107,7 +113,15 @@ def test_training_mode_is_that_of_the_step(name):
 
 
 @pytest.mark.parametrize(
-    "name, way, sizes", [("conv2d", "vectorized_map", (1, 4, 100)), ("lstm", "auto", (4,))]
+    "name, way, sizes",
+    swept(
+        [
+            ("conv2d", "vectorized_map", (4,)),
+            ("conv2d", "vectorized_map", (1, 100)),
+            ("lstm", "auto", (4,)),
+        ],
+        [("conv2d", "vectorized_map", (4,))],
+    ),
 )
 def test_chunks_change_no_number(name, way, sizes):
     case = BY_NAME[name]

@@ -8,6 +8,7 @@ import reference
 import steps
 import tensorflow as tf
 from keras import layers as L
+from wide import swept
 
 import keras_rgd
 
@@ -83,7 +84,7 @@ class Cropped(Denoiser):
         return keras_rgd.RGDMixin.train_step(self, (data["x"][:, :5], data["label"], weights))
 
 
-@pytest.mark.parametrize("way", ["auto", *WAYS])
+@pytest.mark.parametrize("way", swept(["auto", *WAYS], ["auto", "double_backward"]))
 def test_inputs_and_targets_made_in_train_step(way):
     model, optimizer = Denoiser(), keras_rgd.RGD(1.0, **options(way))
     model.compile(optimizer, "mse")
@@ -215,7 +216,10 @@ class Autoencoder(keras_rgd.RGDMixin, keras.Model):
         return tf.reduce_mean(losses if sample_weight is None else losses * sample_weight)
 
 
-@pytest.mark.parametrize("form", ["array", "data set", "data set of tuples", "dict"])
+FORMS = ["array", "data set", "data set of tuples", "dict"]
+
+
+@pytest.mark.parametrize("form", swept(FORMS, ["data set of tuples", "dict"]))
 def test_a_model_without_targets(form):
     model, optimizer = Autoencoder(), keras_rgd.RGD(1e-2)
     model.compile(optimizer)
@@ -264,14 +268,14 @@ def odd_batches(model, sizes):
 ALL_LAYERS = ("double_backward", "pieces")  # ways that serve recurrent ones too
 
 
-@pytest.mark.parametrize(
-    ("way", "recurrent", "regularizer"),
-    [
-        ("layerwise", False, None),
-        *((way, False, "l2") for way in WAYS),
-        *((way, True, "l2") for way in ALL_LAYERS),
-    ],
-)
+EMPTY = [
+    ("layerwise", False, None),
+    *((way, False, "l2") for way in WAYS),
+    *((way, True, "l2") for way in ALL_LAYERS),
+]
+
+
+@pytest.mark.parametrize("way, recurrent, regularizer", swept(EMPTY, [*EMPTY[:3], EMPTY[-2]]))
 def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regularizer):
     after = []
     for optimizer in (keras_rgd.RGD(0.1, **options(way)), keras.optimizers.SGD(0.1)):
@@ -286,7 +290,7 @@ def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regulari
     assert (after[0] == before).all() == (regularizer is None)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", swept(WAYS, ["layerwise", "double_backward"]))
 def test_a_batch_without_examples_between_others(way):
     """The step after it is the step without it."""
     weights = []
@@ -301,7 +305,7 @@ def test_a_batch_without_examples_between_others(way):
     np.testing.assert_allclose(*weights, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("shape", ["image", "sequence", "vector"])
+@pytest.mark.parametrize("shape", swept(["image", "sequence", "vector"], ["image"]))
 def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
     x = {"image": (1, 6, 6, 1), "sequence": (1, 4, 3), "vector": (1, 5)}[shape]
     stacks = {"image": [L.Conv2D(2, 3), L.Flatten()], "sequence": [L.SimpleRNN(2)], "vector": []}
@@ -317,7 +321,7 @@ def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
 # weights that are frozen and unfrozen
 
 
-@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("way", swept(WAYS[:3], ["layerwise", "double_backward"]))
 def test_frozen_layers_with_the_same_optimizer(way):
     optimizer = keras_rgd.RGD(1.0, **options(way))
     model = classifier(optimizer, L.Dense(6, activation="tanh", name="base"), L.Dense(4))
@@ -343,7 +347,7 @@ def test_weights_that_the_optimizer_does_not_know_are_refused_in_keras_words(way
         model.fit(X, Y, batch_size=12, verbose=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", swept(WAYS, ["layerwise", "pieces"]))
 def test_a_step_retraced_after_other_layers_were_frozen_moves_those_that_train(way):
     """Layers of the same shapes: another's gradient would fit."""
     optimizer = keras_rgd.RGD(1.0, **options(way))

@@ -12,6 +12,7 @@ import reference
 import steps
 import tensorflow as tf
 from cases import BY_NAME
+from wide import swept
 
 import keras_rgd
 
@@ -40,7 +41,7 @@ KINDS = (
 UNDER_XLA = ("conv2d", "lstm", "two_inputs_two_outputs")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", swept(KINDS, ["conv2d", "batch_normalization", "regularizers"]))
 def test_models_of_any_kind_step_along_the_direction_of_an_explicit_D(name):
     case = BY_NAME[name]
     for mode in steps.MODES if name in UNDER_XLA else ("graph",):

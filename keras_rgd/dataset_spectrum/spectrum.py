@@ -14,13 +14,13 @@ import keras
 import numpy as np
 
 from keras_rgd import per_example as ways
-from keras_rgd import record_values as values_of
 from keras_rgd._support import arguments
 from keras_rgd._support.batches import Batches
 from keras_rgd.dataset_spectrum import methods
 from keras_rgd.dataset_spectrum.passes import Passes
 from keras_rgd.per_example.measuring import as_batch, way_for
 from keras_rgd.records import Spectrum
+from keras_rgd.records import values as values_of
 
 METHODS = ("auto", "gram", "covariance", "iterative")
 

@@ -6,15 +6,14 @@ from keras_rgd.per_example.gradients import PerExampleGradients, working_dtype
 if ON_TENSORFLOW:
     # ruff: noqa: F401
     from keras_rgd.per_example.batch import Batch
-    from keras_rgd.per_example.choice import Wanted, choose_way
+    from keras_rgd.per_example.choice import choose_way
     from keras_rgd.per_example.losses import ExampleLosses
     from keras_rgd.per_example.measuring import measuring_way
     from keras_rgd.per_example.memory import forget
     from keras_rgd.per_example.per_example_gradients import check_model, per_example_gradients
     from keras_rgd.per_example.smaller_batches import check_smaller_batches
     from keras_rgd.per_example.state import seed_generators, unchanged
-    from keras_rgd.per_example.step_ways import StepWays
-    from keras_rgd.per_example.way import Way
+    from keras_rgd.per_example.way import StepWays, Wanted, Way
 
 __all__ = ["PerExampleGradients", "working_dtype"]
 

@@ -16,24 +16,7 @@ from keras_rgd.per_example.smaller_batches import check_microbatches
 from keras_rgd.per_example.traces import with_any_size
 from keras_rgd.per_example.vectorized_map import vectorized_map_way
 from keras_rgd.per_example.vectorized_map_checks import check_vectorized_map
-from keras_rgd.per_example.way import Way
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What is asked of a way.
-
-    Attributes:
-        per_example: its name, one of `keras_rgd._support.arguments.WAYS`.
-        chunk_size: examples whose gradients "vectorized_map" holds at once; `None` for all.
-        microbatch_size: examples that are differentiated together; `None` for all.
-        compiled: whether the step is compiled with XLA.
-    """
-
-    per_example: str = "auto"
-    chunk_size: int | None = None
-    microbatch_size: int | None = None
-    compiled: bool = False
+from keras_rgd.per_example.way import Wanted, Way
 
 
 def choose_way(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,14 +10,14 @@ import keras
 from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd import optimizer_checks as checks
 from keras_rgd._keras import optimizers as keras_optimizers
 from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix
 from keras_rgd.direction import direction_by_passes, direction_of
-from keras_rgd.optimizer_checks import NotADirectionError
+from keras_rgd.optimizer import checks
+from keras_rgd.optimizer.checks import NotADirectionError
+from keras_rgd.optimizer.step_values import Iteration, Scalar, StepMeans, StepValues
 from keras_rgd.per_example.gradients import PerExampleGradients
-from keras_rgd.step_values import Iteration, Scalar, StepMeans, StepValues
 from keras_rgd.window import WindowGradients, make_window
 
 
@@ -202,20 +201,13 @@ class RGD(keras_optimizers.DirectedOptimizer):
         else:
             start = self._iteration.start(gradients.weights, gradients.dtype)
             direction, top = direction_by_passes(gradients, start)
-        epsilon, cut = self._choose(direction.seen_by_rule)
-        finite = self._values.record(direction, epsilon, cut, self.epsilon.decay)
+        epsilon, finite = self._values.choose_epsilon(self.epsilon, direction, self.iterations)
         if top is not None:
             self._iteration.store(gradients.weights, top, finite)
         return direction.at(epsilon)
 
-    def _choose(self, spectrum):
-        """eps by the rule, which is told of the steps before, and whether it was cut."""
-        mean = self._values.mean_of(spectrum)
-        spectrum = dataclasses.replace(spectrum, mean_lambda_max=mean)
-        return epsilon_rules.choose(self.epsilon, spectrum, self.iterations)
-
     def step_means(self) -> StepMeans:
-        """Means over the steps since `reset_step_means()`, a `keras_rgd.step_values.StepMeans`.
+        """Means over the steps since `reset_step_means()`, a `keras_rgd.optimizer.StepMeans`.
 
         `DiffusionMonitor` resets them as an epoch begins and records them at its end.
         """
@@ -264,10 +256,9 @@ class RGD(keras_optimizers.DirectedOptimizer):
         for place, gradient in zip(places, gradients, strict=True):
             v[place] = gradient
         direction = self._window.direction_of(v, self.batch_size or 1)
-        epsilon, cut = self._choose(direction.seen_by_rule)
+        epsilon, _ = self._values.choose_epsilon(self.epsilon, direction, self.iterations)
         along = direction.at(epsilon)
         direction.store()
-        self._values.record(direction, epsilon, cut, self.epsilon.decay)
         pairs = zip(places, gradients, strict=True)
         return [ops.cast(along[place], gradient.dtype) for place, gradient in pairs]
 

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_rgd._support.arguments import is_real
 from keras_rgd._support.vectors import Tensor
-from keras_rgd.spectral_measure import GramSpectrum, SpectralMeasure, largest_number
+from keras_rgd.epsilon.spectral_measure import GramSpectrum, SpectralMeasure, largest_number
 
 # "Just under" 1/M_x: further below than M_x's own rounding.
 _JUST_UNDER = 1 - 2.0**-10

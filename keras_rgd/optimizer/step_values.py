@@ -1,4 +1,4 @@
-"""What RGD keeps of its steps, in variables: the last one's numbers, and sums over an epoch's."""
+"""eps of each step, chosen by the rule and kept with the step's other numbers, in variables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_rgd._support.vectors import Tensor, Vector
+from keras_rgd.epsilon import Rule, choose
 
 
 class Scalar(keras.Variable):
@@ -35,7 +36,7 @@ class StepMeans:
 
 
 class StepValues:
-    """The variables, and how a step is recorded in them.
+    """The variables, and how a step chooses its eps and is recorded in them.
 
     Args:
         add_variable: a function of shape, dtype and name that makes one.
@@ -53,17 +54,32 @@ class StepValues:
         self._sums = add_variable((2, 2), None, "step_sums")
         self._steps = add_variable((2,), "int", "step_counts")
 
-    def mean_of(self, spectrum: Any) -> Tensor:
-        """`mean_lambda_max` in the unit of a `SpectralMeasure`."""
+    def choose_epsilon(
+        self, rule: Rule, direction: Any, iteration: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """eps of a step, by a rule that is told of the steps before; recorded.
+
+        Args:
+            rule: the optimizer's.
+            direction: what the step goes along, with `seen_by_rule` and `lost_digits`; see
+                `keras_rgd.direction`.
+            iteration: the number of steps taken, for schedules.
+
+        Returns:
+            eps in the unit of `seen_by_rule`; what `record` returns.
+        """
+        spectrum = direction.seen_by_rule
         unit = ops.cast(spectrum.unit, spectrum.lambda_max.dtype)
-        return ops.cast(self.mean_lambda_max.value, unit.dtype) / unit / unit
+        mean = ops.cast(self.mean_lambda_max.value, unit.dtype) / unit / unit
+        spectrum = dataclasses.replace(spectrum, mean_lambda_max=mean)
+        epsilon, cut = choose(rule, spectrum, iteration)
+        return epsilon, self.record(direction, epsilon, cut, rule.decay)
 
     def record(self, direction: Any, epsilon: Tensor, cut: Tensor, decay: float) -> Tensor:
         """Record a step.
 
         Args:
-            direction: what it went along, with `seen_by_rule` and `lost_digits`; see
-                `keras_rgd.direction`.
+            direction: as in `choose_epsilon`.
             epsilon: its eps in the unit of `seen_by_rule`.
             cut: whether the rule was cut, a bool tensor.
             decay: the rule's.

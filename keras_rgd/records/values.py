@@ -16,7 +16,7 @@ from keras_rgd._support import vectors
 from keras_rgd.diffusion_matrix import DiffusionMatrix, has_reference_cut, rank_cut
 from keras_rgd.diffusion_metric import DiffusionMetric, choose_epsilon
 from keras_rgd.epsilon import Rule
-from keras_rgd.records import DiffusionRecord
+from keras_rgd.records.diffusion_record import DiffusionRecord
 
 if TYPE_CHECKING:
     from keras_rgd.optimizer import RGD
