@@ -64,6 +64,7 @@ def pytest_configure(config):
     gc.disable()
 
 
+@pytest.hookimpl(trylast=True)  # when -m has chosen
 def pytest_collection_modifyitems(items):
     """What is traced here runs once or twice, where TensorFlow's optimization of graphs costs more.
 

@@ -8,14 +8,13 @@ import reference
 import steps
 import tensorflow as tf
 import zoos
-from cases import BY_NAME, CASES
-from wide import swept
+from cases import BY_NAME
+from wide import ALWAYS, STEPS, WAYS, swept
 
 import keras_rgd
 
 TOLERANCE = {"graph": 1e-5, "xla": 1e-4}
 
-WAYS = ("layerwise", "double_backward", "vectorized_map")
 all_ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -30,21 +29,6 @@ def assert_equals_dense_D(step, dense, tolerance):
 # the direction
 
 
-# "layerwise" for each case; "double_backward" where "auto" takes it, and for one of each kind of
-# loss and model, as zoos hold the layers; of "vectorized_map" what it refuses, which costs little,
-# and one of each kind that it serves.
-BACKWARD = ["batch_normalization", "batch_normalization_conv", "embedding_mask_lstm", "lstm"]
-BACKWARD += ["simple_rnn", "sample_weight", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
-BACKWARD += ["own_compute_loss"]
-VECTORIZED = ["batch_normalization", "conv3d", "depthwise_conv2d", "separable_conv1d", "dropout"]
-VECTORIZED += ["spatial_dropout", "lstm_dropout", "transformer", "own_compute_loss"]
-VECTORIZED += ["dense", "conv2d", "embedding_mask_loss", "layer_normalization", "simple_rnn"]
-VECTORIZED += ["regularizers", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
-
-STEPS = [(case.name, way) for case in CASES for way in WAYS]
-ALWAYS = [(name, "layerwise") for name in BY_NAME]
-ALWAYS += [(name, "double_backward") for name in BACKWARD]
-ALWAYS += [(name, "vectorized_map") for name in VECTORIZED]
 all_steps = pytest.mark.parametrize("name, way", swept(STEPS, ALWAYS))
 
 

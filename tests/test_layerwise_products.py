@@ -246,10 +246,10 @@ def test_the_direction_follows_the_scale_of_the_inputs(scales, mode, back):
 # gradients that differ in their last digits
 
 
-def nearly_equal(shape, spread):
+def nearly_equal(shape, spread, dtype="float32"):
     rng = np.random.default_rng(0)
-    x = np.ones((16, *shape), "float32")
-    y = (1000 * (1 + spread * rng.normal(size=(16, 1)))).astype("float32")
+    x = np.ones((16, *shape), dtype)
+    y = (1000 * (1 + spread * rng.normal(size=(16, 1)))).astype(dtype)
     return x, y
 
 
@@ -299,6 +299,21 @@ def test_the_step_says_so_where_float64_has_lost_the_digits(float64):
 
         found.append(bool(lost(x[:n].astype("float64"), y[:n].astype("float64"))))
     assert found == [False, True, False]
+
+
+@pytest.mark.parametrize("spread", [1e-5, 1e-9, 0.0])
+@pytest.mark.parametrize("name", ["dense", "conv2d", "used twice"])
+def test_a_measured_D_in_float64_keeps_its_digits(name, spread, float64):
+    shape, layer = LAYERS[name]
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input(shape), layer(), L.Flatten(), L.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = nearly_equal(shape, spread, "float64")
+    D = keras_rgd.diffusion_matrix(model, x, y, per_example="layerwise")
+    # All gradients are multiples of one vector. Equal ones differ in the oracle by rounding.
+    expected = dense(model, x, y, loss="mse").lambda_max if spread else 0
+    assert D.top_eigenvalue() == pytest.approx(expected, rel=1e-4)
+    assert D.trace() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("way", ["layerwise", "vectorized_map", "double_backward"])

@@ -334,6 +334,8 @@ CONTINUE = """
 import sys
 import numpy as np
 import keras, keras_rgd
+import tensorflow as tf
+tf.config.optimizer.set_experimental_options(eval(sys.argv[4]))
 model = keras.models.load_model(sys.argv[1])
 data = np.load(sys.argv[2])
 for x, y in zip(data["x"], data["y"]):
@@ -358,8 +360,9 @@ def test_a_saved_model_continues_bit_for_bit_in_a_fresh_process(tmp_path):
     script = tmp_path / "continue.py"
     script.write_text(textwrap.dedent(CONTINUE))
     files = [tmp_path / name for name in ("model.keras", "data.npz", "out.npz")]
+    options = repr(tf.config.optimizer.get_experimental_options())
     result = subprocess.run(
-        [sys.executable, script, *files], capture_output=True, text=True, check=False
+        [sys.executable, script, *files, options], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split() == ["RGDSequential", "RGD"]

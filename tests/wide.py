@@ -4,6 +4,7 @@
 """
 
 import pytest
+from cases import BY_NAME
 
 wide = pytest.mark.wide
 
@@ -22,3 +23,23 @@ def swept(values, always):
 
 def _param(value):
     return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=wide)
+
+
+WAYS = ("layerwise", "double_backward", "vectorized_map")
+
+# One step of each case by each way (see steps.py). Always: "layerwise" for each case;
+# "double_backward" where "auto" takes it, and for one of each kind of loss and model, as zoos hold
+# the layers; of "vectorized_map" what it refuses, which costs little, and one of each kind that it
+# serves.
+BACKWARD = ["batch_normalization", "batch_normalization_conv", "embedding_mask_lstm", "lstm"]
+BACKWARD += ["simple_rnn", "sample_weight", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
+BACKWARD += ["own_compute_loss"]
+VECTORIZED = ["batch_normalization", "conv3d", "depthwise_conv2d", "separable_conv1d", "dropout"]
+VECTORIZED += ["spatial_dropout", "lstm_dropout", "transformer", "own_compute_loss"]
+VECTORIZED += ["dense", "conv2d", "embedding_mask_loss", "layer_normalization", "simple_rnn"]
+VECTORIZED += ["regularizers", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
+
+STEPS = [(name, way) for name in BY_NAME for way in WAYS]
+ALWAYS = [(name, "layerwise") for name in BY_NAME]
+ALWAYS += [(name, "double_backward") for name in BACKWARD]
+ALWAYS += [(name, "vectorized_map") for name in VECTORIZED]

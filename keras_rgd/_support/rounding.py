@@ -18,9 +18,9 @@ from keras_rgd._support.vectors import Tensor
 # In the last digits of the dtype.
 _LAST_DIGITS = 32
 
-# Products of gradients lose to their mean what it is longer than the rest; above this share of
-# variance in the mean square four digits of float32 are left.
-_SHARE = 2.0**-7
+# Products of gradients lose to their mean what it is longer than the rest. In the last digits of
+# the dtype, the share of variance in the mean square above which four decimals are left.
+_SHARE = 2.0**16
 
 
 def machine_epsilon(dtype: Any) -> float:
@@ -81,11 +81,12 @@ def error(variance: Tensor, square: Tensor, dtype: Any, centred: bool) -> Tensor
     return machine_epsilon(dtype) * ops.sqrt(known) * ops.sqrt(square)
 
 
-def keeps_digits(variance: Tensor, mean_square: Tensor) -> Tensor:
+def keeps_digits(variance: Tensor, mean_square: Tensor, dtype: Any) -> Tensor:
     """Whether products may be centred after they were formed.
 
     Args:
         variance: the mean of |g_i - gbar|^2, from such products.
         mean_square: the mean of |g_i|^2.
+        dtype: in which they were formed.
     """
-    return variance > _SHARE * mean_square
+    return variance > _SHARE * machine_epsilon(dtype) * mean_square

@@ -194,8 +194,25 @@ class Layerwise(TensorFlowGradients):
             # <g_i - c, g_j - c>; the digits that this loses are those of the mean's square.
             scaled = [tf.cast(c / unit, self._inner) for c in center]
             k = factor * self._parts.dot(scaled)
-            gram += vectors.inner(scaled, scaled) - k[:, None] - k[None]
+            centred = gram + vectors.inner(scaled, scaled) - k[:, None] - k[None]
+            if self._inner == self.dtype:
+                squares = (tf.linalg.trace(t) / self._n for t in (centred, gram))
+                keeps = rounding.keeps_digits(*squares, self._inner)
+                centred = tf.cond(
+                    keeps, lambda: centred, lambda: self._gram_by_rows(scaled, factor)
+                )
+            gram = centred
         return tf.cast(gram, self.dtype)
+
+    def _gram_by_rows(self, center, factor):
+        """<factor g_i - c, factor g_j - c>, each difference formed before the products."""
+        without = dict(enumerate(center))
+        gram = tf.zeros([self.n_examples, self.n_examples], self._inner)
+        for index, rows in self._parts.rows_by_weight():
+            rows = factor * rows - tf.reshape(without.pop(index), [1, -1])
+            gram += tf.matmul(rows, rows, transpose_b=True)
+        # Of a weight without a use the gradients are 0.
+        return gram + tf.add_n([tf.zeros([], self._inner), *map(_square, without.values())])
 
     @functools.cached_property
     def _gram(self):
@@ -244,7 +261,7 @@ class Layerwise(TensorFlowGradients):
         variance = mean - self._n * self._n * tf.reduce_mean(self._gram)  # not finite if one is
         low, high = _RANGE
         in_range = tf.logical_and(low < largest, largest < high)
-        return tf.logical_and(in_range, rounding.keeps_digits(variance, mean))
+        return tf.logical_and(in_range, rounding.keeps_digits(variance, mean, self._inner))
 
     def reweighted_ordinarily(self, m):
         """`reweighted(m)` by ordinary differentiation of the same forward pass."""
@@ -290,6 +307,10 @@ class Layerwise(TensorFlowGradients):
 
     def _with_r(self, combined):
         return combined if self._r_gradient is None else vectors.add(self._r_gradient, combined)
+
+
+def _square(tensor):
+    return tf.reduce_sum(tf.square(tensor))
 
 
 def _in_unit(cotangents, dtype):
