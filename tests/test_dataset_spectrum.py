@@ -305,6 +305,7 @@ def test_any_layer_and_loss(name, method):
     batch = BY_NAME[name].batch()
     s = keras_rgd.spectrum(model, batch, method=method, batch_size=4, k=3, verbose=False)
     keras_rgd.forget(model)  # no other test needs its traces
+    assert s.rank_bound == len(dense.G) - 1
     expected = np.maximum(dense.eigenvalues, 0)
     np.testing.assert_allclose(s.eigenvalues, expected[:3], rtol=1e-4, atol=1e-6 * expected[0])
     np.testing.assert_allclose(s.trace, expected.sum(), rtol=1e-5)

@@ -301,8 +301,10 @@ def test_the_step_says_so_where_float64_has_lost_the_digits(float64):
     assert found == [False, True, False]
 
 
-@pytest.mark.parametrize("spread", [1e-5, 1e-9, 0.0])
-@pytest.mark.parametrize("name", ["dense", "conv2d", "used twice"])
+SPREADS = [(name, s) for name in ("dense", "conv2d", "used twice") for s in (1e-5, 1e-9, 0.0)]
+
+
+@pytest.mark.parametrize("name, spread", swept(SPREADS, [SPREADS[1], SPREADS[4], SPREADS[-1]]))
 def test_a_measured_D_in_float64_keeps_its_digits(name, spread, float64):
     shape, layer = LAYERS[name]
     keras.utils.set_random_seed(1)

@@ -297,12 +297,12 @@ def test_batch_normalization_unfrozen_without_compile_is_found_when_the_step_is_
     model = keras_rgd.RGDSequential([keras.Input((5,)), L.Dense(4), norm, L.Dense(3)])
     optimizer = keras_rgd.RGD(1.0)
     model.compile(optimizer, cases.CROSSENTROPY())
-    model.train_on_batch(x[:6], y[:6])
+    # Steps of `fit` and of `train_on_batch` are traced each for itself.
+    data = tf.data.Dataset.from_tensor_slices((x[:6], y[:6])).batch(6, drop_remainder=True)
+    model.fit(data, shuffle=False, verbose=0)
     assert optimizer.per_example_choice.name == "layerwise"
     norm.trainable = True
     n = 6 if shapes == "one shape" else 9
-    if shapes == "one shape":
-        model.make_train_function(force=True)
     moving = [v.numpy() for v in norm.variables]
 
     def take():
@@ -311,6 +311,29 @@ def test_batch_normalization_unfrozen_without_compile_is_found_when_the_step_is_
         model.train_on_batch(x[:n], y[:n])
 
     step, right = dense_step(model, optimizer, x[:n], y[:n], take)
+    assert optimizer.per_example_choice.name == "double_backward"
+    assert reference.relative_error(step, right) < 1e-5
+
+
+def test_weights_unfrozen_one_by_one_behind_which_examples_mix_are_found_likewise():
+    """No layer's `trainable` shows that, and what mixes data alone was exact."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 5)).astype("float32"), rng.integers(0, 3, 6)
+    keras.utils.set_random_seed(1)
+    first = L.Dense(4)
+    mixed = L.Lambda(lambda h: h - ops.mean(h, 0, keepdims=True))
+    model = keras_rgd.RGDSequential([keras.Input((5,)), first, mixed, L.Dense(3)])
+    optimizer = keras_rgd.RGD(1.0)
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, cases.CROSSENTROPY())
+    for w in first.variables:
+        w.trainable = False
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(6, drop_remainder=True)
+    model.fit(data, shuffle=False, verbose=0)
+    assert optimizer.per_example_choice.name == "layerwise"
+    for w in first.variables:
+        w.trainable = True
+    step, right = dense_step(model, optimizer, x, y, lambda: model.train_on_batch(x, y))
     assert optimizer.per_example_choice.name == "double_backward"
     assert reference.relative_error(step, right) < 1e-5
 

@@ -99,6 +99,25 @@ def test_records_equal_dense_numpy(name):
     assert record.seconds > 0
 
 
+def test_the_noise_scale_is_that_of_the_losses_without_the_regularizer():
+    rng = np.random.default_rng(0)
+    x, y = 1 + 0.1 * rng.normal(size=(8, 3)), 5 + rng.normal(size=(8, 1))
+    scales = []
+    for regularizer in (None, keras.regularizers.L2(1.0)):
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                L.Dense(1, kernel_initializer="ones", kernel_regularizer=regularizer),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        monitor = DiffusionMonitor((x, y), epsilon=0.3)
+        model.fit(x, y, verbose=0, callbacks=[monitor])
+        scales.append(monitor.records[0].noise_scale)
+    assert scales[0] > 0
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+
+
 def test_records_in_training_mode_are_of_the_batch_itself():
     case = BY_NAME["batch_normalization"]
     monitor = DiffusionMonitor(case.batch()[:2], training=True)

@@ -371,6 +371,26 @@ def test_measuring_leaves_states_and_assigned_kernels_as_they_were(name):
         np.testing.assert_array_equal(a, b.numpy())
 
 
+class Counting(keras.Sequential):
+    """Its loss updates a metric."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs):
+        self.seen.update_state(y_pred)
+        return super().compute_loss(x, y, y_pred, sample_weight, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["layerwise", "one_by_one"])
+def test_measuring_leaves_metrics_of_a_loss_as_they_were(way):
+    stack = [L.Dense(4)] if way == "layerwise" else [L.Reshape((5, 1)), L.SimpleRNN(2)]
+    model = Counting([keras.Input((5,)), *stack, L.Dense(3)])
+    model.seen = keras.metrics.Mean("seen")
+    model.compile("sgd", CROSSENTROPY())
+    D = keras_rgd.diffusion_matrix(model, *dense_batch())
+    assert D.gradients.way == way
+    assert D.top_eigenvalue() > 0
+    assert model.seen.count == 0
+
+
 class Rematerialised(L.Dense):
     """A layer whose activations are computed again in the backward pass."""
 
