@@ -74,24 +74,25 @@ def test_a_loss_of_ones_own_is_exact_under_xla():
     assert_equals_dense_D(step, steps.oracle("own_compute_loss"), TOLERANCE["xla"])
 
 
-@pytest.mark.parametrize(
-    "name, way",
-    [
-        ("dropout", "layerwise"),
-        ("batch_normalization", "double_backward"),
-        ("lstm", "double_backward"),
-        ("own_compute_loss", "layerwise"),
-    ],
-)
+IN_FLOAT64 = [
+    ("dropout", "layerwise"),
+    ("batch_normalization", "double_backward"),
+    ("lstm", "double_backward"),
+    ("own_compute_loss", "layerwise"),
+]
+
+
+@pytest.mark.parametrize("name, way", swept(IN_FLOAT64, IN_FLOAT64[:2]))
 def test_direction_in_float64_equals_dense_D(name, way):
     step = steps.step(name, way, "graph", "float64")
     assert_equals_dense_D(step, steps.oracle(name, "graph", "float64"), 1e-10)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["conv2d", "dropout", "embedding_mask_loss", "own_compute_loss", "batch_normalization", "lstm"],
-)
+AUTO = ["conv2d", "dropout", "embedding_mask_loss", "own_compute_loss", "batch_normalization"]
+AUTO += ["lstm"]
+
+
+@pytest.mark.parametrize("name", swept(AUTO, ["conv2d", "batch_normalization", "own_compute_loss"]))
 def test_auto_takes_layerwise_where_that_is_exact_and_says_why(name):
     case = BY_NAME[name]
     auto = steps.step(name, "auto", "graph")
@@ -105,9 +106,10 @@ def test_auto_takes_layerwise_where_that_is_exact_and_says_why(name):
         assert auto.choice == ("layerwise: examples do not mix; M_x is bounded by a Gram matrix")
 
 
-@pytest.mark.parametrize(
-    "name, chunk_size", [("regularizers", 4), ("loss_over_time", 1), ("loss_over_time", 4)]
-)
+CHUNKED = [("regularizers", 4), ("loss_over_time", 1), ("loss_over_time", 4)]
+
+
+@pytest.mark.parametrize("name, chunk_size", swept(CHUNKED, CHUNKED[:1]))
 def test_chunks_of_examples_take_the_same_step(name, chunk_size):
     case = BY_NAME[name]
     whole = steps.step(name, "vectorized_map", "graph")
@@ -228,7 +230,10 @@ def random_batches(case, count, n=cases.N):
         yield x[:n], y[:n]
 
 
-@pytest.mark.parametrize("way, mode", [*((way, "graph") for way in WAYS), ("layerwise", "xla")])
+FIXED = [*((way, "graph") for way in WAYS), ("layerwise", "xla")]
+
+
+@pytest.mark.parametrize("way, mode", swept(FIXED, [("double_backward", "graph"), FIXED[-1]]))
 def test_a_fixed_epsilon_of_0_is_sgd(way, mode):
     case = BY_NAME["regularizers"]
     batches = list(random_batches(case, 3))
@@ -268,7 +273,7 @@ def test_equal_examples_make_it_plain_gradient_descent(way):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@all_ways
+@pytest.mark.parametrize("way", swept(WAYS, ["layerwise", "double_backward"]))
 def test_permuting_and_duplicating_the_batch_does_not_change_the_step(way):
     case = BY_NAME["weights_over_time"]
     index = np.tile([3, 1, 5, 0, 2, 4], 2)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from networks import LABELS, TIMES, C, X, finite_differences, followed, on, same
-from wide import swept
+from wide import swept, wide
 
 import keras_rgd
 from keras_rgd import geometry
@@ -106,6 +106,7 @@ def test_the_constants_are_those_of_the_flows_start_whichever_moments_it_reports
         np.testing.assert_allclose(getattr(late, name), expected, rtol=1e-6, atol=1e-9)
 
 
+@wide
 @on("mlp")
 def test_the_neglected_terms_along_rgd_are_those_of_dense_arrays(network):
     dense, epsilon = network.dense, network.epsilon

@@ -438,10 +438,10 @@ def test_numbers_that_are_not_finite_change_no_choice(where):
 # M_x
 
 
-@pytest.mark.parametrize(
-    "name, mode",
-    [("conv2d", "graph"), ("conv2d", "xla"), ("embedding", "graph"), ("shared_layer", "graph")],
-)
+COSTLY = [("conv2d", "graph"), ("conv2d", "xla"), ("embedding", "graph"), ("shared_layer", "graph")]
+
+
+@pytest.mark.parametrize("name, mode", swept(COSTLY, [COSTLY[0], COSTLY[2]]))
 def test_where_a_gram_matrix_would_cost_too_much_the_factors_are_iterated(name, mode, monkeypatch):
     monkeypatch.setattr(layerwise, "_GRAM_STEPS", 0)
     monkeypatch.setattr(layerwise, "_GRAM_FLOOR", 0)

@@ -66,7 +66,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("way, size, xla", swept(SIZES, SIZES[:2]))
+@pytest.mark.parametrize("way, size, xla", swept(SIZES, SIZES[:1]))
 def test_pieces_of_any_size_take_the_same_steps(way, size, xla):
     one, history = run(way, N)
     assert np.linalg.norm(one) > 0.01

@@ -10,6 +10,7 @@ import reference
 import steps
 import tensorflow as tf
 from cases import BY_NAME
+from wide import swept
 
 from keras_rgd import DiffusionMonitor
 
@@ -27,7 +28,10 @@ class Batches(keras.utils.PyDataset):
         return self.x[part], self.y[part]
 
 
-@pytest.mark.parametrize("kind", ["arrays", "dataset", "endless dataset", "pydataset"])
+FORMS = ["arrays", "dataset", "endless dataset", "pydataset"]
+
+
+@pytest.mark.parametrize("kind", swept(FORMS, ["endless dataset", "pydataset"]))
 def test_data_may_have_any_form_that_fit_takes(kind):
     case = BY_NAME["dense"]
     x, y, _ = case.batch()

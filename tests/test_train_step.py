@@ -237,8 +237,13 @@ def test_a_model_without_targets(form):
     assert reference.relative_error(step, direction(G, float(optimizer.chosen_epsilon))) < 1e-5
 
 
-@pytest.mark.parametrize("way", ["auto", "double_backward"])
-@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+@pytest.mark.parametrize(
+    "kind, way",
+    swept(
+        [(kind, way) for kind in ("sparse", "ragged") for way in ("auto", "double_backward")],
+        [("sparse", "auto"), ("ragged", "double_backward")],
+    ),
+)
 def test_inputs_that_are_not_dense_are_refused_by_name_before_anything_changes(kind, way):
     if kind == "sparse":
         i = keras.Input((8,), sparse=True, name="words")
@@ -321,7 +326,7 @@ def test_one_example_first_in_pieces_is_a_plain_gradient_step(shape):
 # weights that are frozen and unfrozen
 
 
-@pytest.mark.parametrize("way", swept(WAYS[:3], ["layerwise", "double_backward"]))
+@pytest.mark.parametrize("way", swept(WAYS[:3], ["layerwise"]))
 def test_frozen_layers_with_the_same_optimizer(way):
     optimizer = keras_rgd.RGD(1.0, **options(way))
     model = classifier(optimizer, L.Dense(6, activation="tanh", name="base"), L.Dense(4))
@@ -335,7 +340,7 @@ def test_frozen_layers_with_the_same_optimizer(way):
         assert reference.relative_error(step, expected) < 1e-5
 
 
-@pytest.mark.parametrize("way", ["auto", "pieces"])
+@pytest.mark.parametrize("way", swept(["auto", "pieces"], ["auto"]))
 def test_weights_that_the_optimizer_does_not_know_are_refused_in_keras_words(way):
     optimizer = keras_rgd.RGD(1.0, **options(way))
     base = L.Dense(6, name="base", trainable=False)
@@ -347,7 +352,7 @@ def test_weights_that_the_optimizer_does_not_know_are_refused_in_keras_words(way
         model.fit(X, Y, batch_size=12, verbose=0)
 
 
-@pytest.mark.parametrize("way", swept(WAYS, ["layerwise", "pieces"]))
+@pytest.mark.parametrize("way", swept(WAYS, ["layerwise"]))
 def test_a_step_retraced_after_other_layers_were_frozen_moves_those_that_train(way):
     """Layers of the same shapes: another's gradient would fit."""
     optimizer = keras_rgd.RGD(1.0, **options(way))

@@ -27,19 +27,22 @@ def _param(value):
 
 WAYS = ("layerwise", "double_backward", "vectorized_map")
 
-# One step of each case by each way (see steps.py). Always: "layerwise" for each case;
-# "double_backward" where "auto" takes it, and for one of each kind of loss and model, as zoos hold
-# the layers; of "vectorized_map" what it refuses, which costs little, and one of each kind that it
-# serves.
+# One step of each case by each way (see steps.py). Always: "layerwise" for each case that is not
+# much like others; "double_backward" where "auto" takes it, and for one of each kind of loss and
+# model, as zoos hold the layers; of "vectorized_map" what it refuses, which costs little, and one
+# of each kind that it serves.
 BACKWARD = ["batch_normalization", "batch_normalization_conv", "embedding_mask_lstm", "lstm"]
 BACKWARD += ["simple_rnn", "sample_weight", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
 BACKWARD += ["own_compute_loss"]
+LIKE_OTHERS = ["depthwise_conv1d", "separable_conv1d", "conv1d_transpose", "conv3d_transpose"]
+LIKE_OTHERS += ["conv3d", "loss_over_time", "weighted_examples_over_time", "gru", "bidirectional"]
+LIKE_OTHERS += ["lstm_dropout", "lstm_unrolled", "small_sigmoid", "nested_model"]
 VECTORIZED = ["batch_normalization", "conv3d", "depthwise_conv2d", "separable_conv1d", "dropout"]
 VECTORIZED += ["spatial_dropout", "lstm_dropout", "transformer", "own_compute_loss"]
 VECTORIZED += ["dense", "conv2d", "embedding_mask_loss", "layer_normalization", "simple_rnn"]
 VECTORIZED += ["regularizers", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
 
 STEPS = [(name, way) for name in BY_NAME for way in WAYS]
-ALWAYS = [(name, "layerwise") for name in BY_NAME]
+ALWAYS = [(name, "layerwise") for name in BY_NAME if name not in LIKE_OTHERS]
 ALWAYS += [(name, "double_backward") for name in BACKWARD]
 ALWAYS += [(name, "vectorized_map") for name in VECTORIZED]
