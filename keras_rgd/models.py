@@ -158,7 +158,8 @@ class RGDMixin(_Model):
         """Go on with the random numbers where `save_assets` found them."""
         states = np.load(os.path.join(path, _SEEDS))
         for i, seed in enumerate(per_example.seed_generators(self)):
-            seed.state.assign(states[str(i)])
+            if str(i) in states:  # 0.1.0 did not save those that a layer keeps in lists
+                seed.state.assign(states[str(i)])
 
 
 def _check_dense(data):

@@ -105,6 +105,26 @@ def test_layers_that_draw_have_their_generator_as_an_attribute():
     assert models.seed_generators(keras.layers.Dense(1)) == []
 
 
+class Drawing(keras.layers.Layer):
+    """Keeps its generators in a list, a dictionary and an attribute."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.several = [keras.random.SeedGenerator(1), keras.random.SeedGenerator(2)]
+        self.named = {"a": keras.random.SeedGenerator(3)}
+        self.one = keras.random.SeedGenerator(4)
+
+    def call(self, x):
+        return x + sum(
+            keras.random.normal((1,), seed=g) for g in (*self.several, self.named["a"], self.one)
+        )
+
+
+def test_generators_in_lists_and_dictionaries_are_found_once_those_of_attributes_first():
+    layer = Drawing()
+    assert models.seed_generators(layer) == [layer.one, *layer.several, layer.named["a"]]
+
+
 def test_stateful_layers_keep_variables_that_keras_does_not_list():
     layer = keras.layers.LSTM(2, stateful=True)
     layer(np.ones((4, 2, 3), "float32"))

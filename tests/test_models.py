@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -331,6 +332,30 @@ def saved_model():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     return model
+
+
+class Noisy(keras.layers.Layer):
+    """Draws by generators in a list."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generators = [keras.random.SeedGenerator(i) for i in range(2)]
+
+    def call(self, x):
+        return x + sum(keras.random.normal((5,), seed=g) for g in self.generators)
+
+
+def test_random_numbers_go_on_also_where_a_layer_keeps_its_generators_in_a_list(tmp_path):
+    x, y = BY_NAME["dense"].batch()[:2]
+    model = keras_rgd.RGDSequential([keras.Input((5,)), Noisy(), keras.layers.Dense(3)])
+    model.compile(keras_rgd.RGD(0.1), cases.CROSSENTROPY())
+    model.train_on_batch(x, y)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", {"Noisy": Noisy})
+    for each in (model, loaded):
+        each.train_on_batch(x, y)
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 CONTINUE = """

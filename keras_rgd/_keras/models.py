@@ -46,9 +46,12 @@ def layers_of(layer, include_self=True):
 def seed_generators(layer):
     """The `keras.random.SeedGenerator`s of one layer.
 
-    Expected: they are attributes of it, and those that Keras makes are.
+    Expected: they are attributes of it, as those that Keras makes, or in its `_seed_generators`,
+    where Keras keeps those in lists and dictionaries too.
     """
-    return [v for v in vars(layer).values() if isinstance(v, keras.random.SeedGenerator)]
+    own = [v for v in vars(layer).values() if isinstance(v, keras.random.SeedGenerator)]
+    # In this order: the states that a model was saved with are by place.
+    return list(dict.fromkeys([*own, *layer._seed_generators]))
 
 
 def recurrent_states(layer):
