@@ -45,15 +45,16 @@ def gram(model, x, y, **options):
     return keras_rgd.diffusion_matrix(model, x, y, **options).centered_gram()
 
 
-def expected(model, x, y):
+def expected(model, x, y, training=False):
     """K from gradients that were had one example at a time."""
-    G = reference.eager(model, x, y, training=False).G
+    G = reference.eager(model, x, y, training=training).G
     G = G - G.mean(0)
     return G @ G.T / len(G)
 
 
-def assert_right(model, x, y, **options):
-    given, right = gram(model, x, y, **options), expected(model, x, y)
+def assert_right(model, x, y, training=False, **options):
+    given = gram(model, x, y, training=training, **options)
+    right = expected(model, x, y, training)
     np.testing.assert_allclose(given, right, atol=2e-5 * np.abs(right).max())
 
 
@@ -102,6 +103,16 @@ def test_layers_that_are_frozen_and_thawed():
         assert_right(model, x, y)
         d = keras_rgd.diffusion_matrix(model, x, y).n_weights
         assert d == sum(np.prod(w.shape) for w in model.trainable_variables)
+
+
+def test_a_layer_without_weights_that_is_frozen_and_thawed():
+    """Frozen it does not mix the examples; no weight shows whether it is."""
+    norm = L.BatchNormalization(center=False, scale=False)
+    model = model_of(L.Dense(5), norm, L.Dense(CLASSES, activation="softmax"))
+    x, y = data()
+    for trainable in (False, True, False):
+        norm.trainable = trainable
+        assert_right(model, x, y, training=True)
 
 
 def test_another_loss():
