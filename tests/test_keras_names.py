@@ -38,7 +38,7 @@ def test_the_functional_class_is_that_of_a_model_of_inputs_and_outputs():
 def test_to_ask_for_the_functional_class_numbers_no_model_or_layer_anew():
     def numbers():
         x = keras.Input(())
-        names = x.name, keras.Model(x, x).name, keras.layers.InputLayer(()).name
+        names = x.name, keras.Model(x, -x).name, keras.layers.InputLayer(()).name
         return [int("".join(c for c in name if c.isdigit()) or 0) for name in names]
 
     numbers()
@@ -54,7 +54,8 @@ class Own(keras.Model):
 
 def test_a_class_of_ones_own_given_inputs_and_outputs_becomes_functional():
     inputs = keras.Input((3,))
-    for args, kwargs in (((inputs, inputs), {}), ((), {"inputs": inputs, "outputs": inputs})):
+    outputs = -inputs  # some versions refuse inputs as outputs
+    for args, kwargs in (((inputs, outputs), {}), ((), {"inputs": inputs, "outputs": outputs})):
         assert models.makes_functional(args, kwargs)
         assert isinstance(keras.Model(*args, **kwargs), models.functional_class())
     assert not models.makes_functional((), {"name": "own"})

@@ -38,10 +38,14 @@ def test_step_means_keep_their_digits_over_millions_of_steps(jit_compile):
     values._steps.assign([2_000_000, 0])
     logs = np.random.default_rng(0).uniform(-8, 1, 5000).astype("float32")
 
-    @tf.function(jit_compile=jit_compile)
+    def body(i):
+        values._add(tf.constant(logs)[i], tf.constant(0.1), tf.constant(True))
+        return (i + 1,)
+
+    # Without autograph, which Python 3.13 has not in every version of TensorFlow.
+    @tf.function(jit_compile=jit_compile, autograph=False)
     def add():
-        for log in tf.constant(logs):
-            values._add(log, tf.constant(0.1), tf.constant(True))
+        return tf.while_loop(lambda i: i < len(logs), body, (0,))
 
     add()
     added = values.means()
