@@ -33,8 +33,17 @@ def of_optimizer(optimizer):
     return np.array([float(v) for v in values])
 
 
+def of_a_later_keras(folder):
+    """Whether the files were saved with a later Keras, of which an earlier one cannot load them."""
+    saved = json.loads((folder / "expected.json").read_text(encoding="utf-8"))["versions"]["keras"]
+    saved, now = (tuple(map(int, v.split(".")[:2])) for v in (saved, keras.__version__))
+    return now < saved
+
+
 @files("*.keras")
 def test_training_goes_on_from_a_model_that_was_saved(path):
+    if of_a_later_keras(path.parent):
+        pytest.skip("Keras does not load what a later version saved")
     expected = np.load(path.parent / "expected.npz")
     weights, values = expected[f"{path.stem}/weights"], expected[f"{path.stem}/optimizer"]
     if path.stem == "mixed_float16":
