@@ -20,7 +20,7 @@ import numpy as np
 import sklearn.datasets
 
 import keras_rgd
-from keras_rgd.measurement import as_batch, way_for
+from keras_rgd.per_example.measuring import as_batch, way_for
 
 layers = keras.layers
 
@@ -124,7 +124,7 @@ def products(name, epsilon, batch_size, learning_rate, steps, seed, microbatch_s
     for _ in range(steps):
         chosen = rng.choice(len(images), batch_size, replace=False)
         batch = as_batch(model, images[chosen], labels[chosen])
-        way = way or way_for(model, batch, True, "auto", None)
+        way = way or way_for(model, batch, training=True)
         top = keras_rgd.DiffusionMatrix(way(*batch)).top_eigenvalue()
         model.train_on_batch(*batch[:2])
         result.append(float(rgd.chosen_epsilon) * top)

@@ -56,7 +56,7 @@ def diffusion_matrix(
     """
     check_training(training)
     batch = as_batch(model, x, y, sample_weight)
-    way = way_for(model, batch, training, per_example, chunk_size)
+    way = way_for(model, batch, training=training, per_example=per_example, chunk_size=chunk_size)
     return DiffusionMatrix(way(batch))
 
 
@@ -75,7 +75,9 @@ class Measurement:
         self._batch = batch
         self._weights, self._trained = model.trainable_variables, _trained(model)
         self._mode = "training" if training else "evaluation"
-        self._way = way_for(model, batch, training, per_example, chunk_size)
+        self._way = way_for(
+            model, batch, training=training, per_example=per_example, chunk_size=chunk_size
+        )
         self._last_top = None
 
     def __call__(self, rule, *, epoch, step, rgd=None):

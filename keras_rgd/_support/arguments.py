@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import keras
+
 # The ways to per-example gradients.
 WAYS = ("auto", "layerwise", "double_backward", "vectorized_map")
 
@@ -27,6 +29,17 @@ def check_training(training: Any) -> None:
     """Raise `ValueError` unless `training` is True or False."""
     if not isinstance(training, bool):
         raise ValueError(f"`training` must be True or False. Received: training={training!r}")
+
+
+def check_model(model: keras.Model) -> None:
+    """Raise `ValueError` unless the model is a compiled `keras.Model`."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a compiled keras.Model. Received: {type(model).__name__}")
+    if not model.compiled:
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, so it has no loss. Call "
+            "model.compile(optimizer, loss=...) first."
+        )
 
 
 def is_count(value: Any) -> bool:

@@ -98,7 +98,7 @@ def spectrum(
     _check_counts(k=k, examples=examples, batch_size=batch_size, memory_limit=memory_limit)
     arguments.check_way(per_example)
     arguments.check_training(training)
-    ways.check_model(model)
+    arguments.check_model(model)
     if method not in METHODS:
         raise ValueError(
             f"`method` must be one of {', '.join(map(repr, METHODS))}. Received: method={method!r}"
@@ -106,9 +106,9 @@ def spectrum(
     batches = Batches(data, examples=examples, batch_size=batch_size, seed=seed)
     # One example alone does not show what depends on others.
     first = as_batch(model, *batches.first(max(batch_size, 2)))
-    way = way_for(model, first, training, per_example, None, precise=False)
+    way = way_for(model, first, training=training, per_example=per_example, precise=False)
     if first.size > 1:
-        ways.check_smaller_batches(ways.ExampleLosses(model, training=False), first)
+        ways.check_smaller_batches(model, first)
     passes = Passes(model, batches, way, training, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(

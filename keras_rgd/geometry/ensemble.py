@@ -13,7 +13,6 @@ from keras_rgd._support.progress import SHOWN_AFTER, progress_bar
 from keras_rgd.per_example.losses import ExampleLosses
 from keras_rgd.per_example.memory import remembered
 from keras_rgd.per_example.smaller_batches import check_smaller_batches
-from keras_rgd.per_example.traces import structure
 
 # A covariance of more entries than this is not formed.
 _LARGEST_COVARIANCE = 5_000
@@ -88,8 +87,7 @@ def run_ensemble(
     if batch_size > n:
         raise ValueError(f"`batch_size` must be at most N = {n}. Received: batch_size={batch_size}")
     if n > 1:
-        losses = ExampleLosses(geometry.model, training=False)
-        check_smaller_batches(losses, geometry.batch)
+        check_smaller_batches(geometry.model, geometry.batch)
     walk = _walk(geometry, batch_size)
     rng = np.random.default_rng(seed)
     taken = [min(every * k, steps) for k in range(1 - (-steps // every))]
@@ -123,7 +121,7 @@ def _batches(rng, n, size, count, replacement):
 
 def _walk(geometry, batch_size):
     """A graph function that takes one step for each row of indices, remembered with the model."""
-    key = ("SGD", int(batch_size), structure(geometry.batch))
+    key = ("SGD", int(batch_size), geometry.batch.signature)
     return remembered(geometry.model, key, lambda: _traced_walk(geometry.model))
 
 

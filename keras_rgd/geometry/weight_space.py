@@ -58,7 +58,7 @@ class WeightSpace:
             return
         self._is_visited = True
         try:
-            self._way = way_for(self.model, self.batch, False, "auto", None)
+            self._way = way_for(self.model, self.batch, training=False)
             with unchanged(self.model):
                 self.derivatives = Derivatives(self.model, self.batch, often)
                 yield

@@ -8,9 +8,9 @@ if ON_TENSORFLOW:
     from keras_rgd.per_example.batch import Batch
     from keras_rgd.per_example.choice import choose_way
     from keras_rgd.per_example.losses import ExampleLosses
-    from keras_rgd.per_example.measuring import measuring_way
+    from keras_rgd.per_example.measuring import way_for
     from keras_rgd.per_example.memory import forget
-    from keras_rgd.per_example.per_example_gradients import check_model, per_example_gradients
+    from keras_rgd.per_example.per_example_gradients import per_example_gradients
     from keras_rgd.per_example.smaller_batches import check_smaller_batches
     from keras_rgd.per_example.state import seed_generators, unchanged
     from keras_rgd.per_example.way import StepWays, Wanted, Way
@@ -23,14 +23,13 @@ _ON_TENSORFLOW = [
     "StepWays",
     "Wanted",
     "Way",
-    "check_model",
     "check_smaller_batches",
     "choose_way",
     "forget",
-    "measuring_way",
     "per_example_gradients",
     "seed_generators",
     "unchanged",
+    "way_for",
 ]
 
 if ON_TENSORFLOW:

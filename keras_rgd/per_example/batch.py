@@ -55,6 +55,12 @@ class Batch(NamedTuple):
         return self._first.shape[0] if len(self._first.shape or ()) else None
 
     @property
+    def signature(self) -> tuple:
+        """What a trace depends on of a batch: shapes and dtypes, hashable."""
+        leaves = keras.tree.flatten(tuple(self))
+        return tuple(None if t is None else (str(t.shape), t.dtype) for t in leaves)
+
+    @property
     def _first(self) -> Any:
         return next(t for t in keras.tree.flatten(self.x) if t is not None)
 

@@ -24,8 +24,10 @@ def measured(losses, way):
     start = _graph_function(_start, way)
     operations = {name: _graph_function(_operate, way, name) for name in _OPERATIONS}
 
+    model, weights = losses.model, losses.weights
+
     def make(batch, loss_scale):
-        return Measured(losses, batch, way.name, start, operations)
+        return Measured(model, weights, batch, way.name, start, operations)
 
     return Way(way.name, way.reason, make)
 
@@ -49,19 +51,19 @@ class Measured(TensorFlowGradients):
     """One batch's per-example gradients, each operation a graph function of the batch.
 
     Args:
-        losses: the `ExampleLosses` of a model.
+        model: the model.
+        weights: those that are trained.
         batch: a `Batch`.
         way: the name of the way.
         start: the graph function from a batch to what all operations share.
         operations: the graph functions of the operations, by their names.
     """
 
-    def __init__(self, losses, batch, way, start, operations):
+    def __init__(self, model, weights, batch, way, start, operations):
         self.way, self.gram_is_cheap = way, way == "layerwise"
-        self._model, self._batch = losses.model, batch
+        self._model, self._batch = model, batch
         self._start, self._operations = start, operations
-        self.weights = losses.weights
-        self.n_examples = batch.size
+        self.weights, self.n_examples = weights, batch.size
 
     @functools.cached_property
     def _started(self):

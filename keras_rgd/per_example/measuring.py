@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_rgd._support import vectors
-from keras_rgd._support.arguments import check_way
+from keras_rgd._support.arguments import check_model, check_way
 from keras_rgd.per_example.batch import Batch, mapped
 from keras_rgd.per_example.double_backward import double_backward_way
 from keras_rgd.per_example.gradients import working_dtype
@@ -20,9 +20,8 @@ from keras_rgd.per_example.losses import ExampleLosses
 from keras_rgd.per_example.measured import measured
 from keras_rgd.per_example.memory import remembered
 from keras_rgd.per_example.not_exact import NotExactError
-from keras_rgd.per_example.per_example_gradients import check_model
 from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.traces import specs_of, structure
+from keras_rgd.per_example.traces import specs_of
 from keras_rgd.per_example.vectorized_map import (
     VectorizedMap,
     one_by_one,
@@ -40,7 +39,7 @@ from keras_rgd.per_example.way import Way
 _CHUNK_BYTES = 2**30
 
 
-def measuring_way(
+def way_for(
     model: keras.Model,
     batch: Batch,
     *,
@@ -57,7 +56,7 @@ def measuring_way(
     batch.
 
     Args:
-        model: a compiled, built model.
+        model: a compiled model; built here if it is not.
         batch: a `Batch`, on which the choice is made.
         training: whether layers behave as in training.
         per_example: one of `keras_rgd._support.arguments.WAYS`. Defaults to `"auto"`.
@@ -67,26 +66,30 @@ def measuring_way(
             Defaults to `True`.
 
     Raises:
-        ValueError: the way that was asked for is not exact or not possible.
+        ValueError: the way that was asked for is not exact or not possible, or nothing is trained.
     """
-    specs = specs_of(batch)
-    key = (measuring_way, training, per_example, chunk_size, precise, structure(specs))
+    if not model.built:
+        build(model, batch.x)
+    if not model.trainable_variables:
+        raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
+    check_way(per_example, chunk_size)
 
     def choose() -> Way:
         losses = ExampleLosses(model, training)
-        return _chosen(losses, batch, specs, per_example, chunk_size, precise)
+        return _chosen(losses, batch, per_example, chunk_size, precise)
 
+    key = (way_for, training, per_example, chunk_size, precise, batch.signature)
     return remembered(model, key, choose)
 
 
 def _chosen(
     losses: ExampleLosses,
     batch: Batch,
-    specs: Batch,
     per_example: str,
     chunk_size: int | None,
     precise: bool,
 ) -> Way:
+    specs = specs_of(batch)
     if per_example == "layerwise":
         return _layerwise(losses, batch, specs, precise)
     if chunk_size is None:
@@ -187,30 +190,6 @@ def as_batch(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = Non
             "Received: y=None"
         )
     return batch
-
-
-def way_for(
-    model: keras.Model,
-    batch: Batch,
-    training: bool,
-    per_example: str,
-    chunk_size: int | None,
-    precise: bool = True,
-) -> Way:
-    """The `Way` for batches like this one, on which it is chosen; see `measuring_way`."""
-    if not model.built:
-        build(model, batch.x)
-    if not model.trainable_variables:
-        raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
-    check_way(per_example, chunk_size)
-    return measuring_way(
-        model,
-        batch,
-        training=training,
-        per_example=per_example,
-        chunk_size=chunk_size,
-        precise=precise,
-    )
 
 
 def build(model: keras.Model, x: Any) -> None:

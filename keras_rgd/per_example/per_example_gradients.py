@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_rgd._support.arguments import check_training
+from keras_rgd._support.arguments import check_model, check_training
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.gradients import PerExampleGradients
@@ -53,14 +53,3 @@ def per_example_gradients(
             f"lengths {sorted(lengths)}"
         )
     return DoubleBackward(ExampleLosses(model, training), batch)
-
-
-def check_model(model: keras.Model) -> None:
-    """Raise `ValueError` unless the model is a compiled `keras.Model`."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a compiled keras.Model. Received: {type(model).__name__}")
-    if not model.compiled:
-        raise ValueError(
-            f"Model '{model.name}' is not compiled, so it has no loss. Call "
-            "model.compile(optimizer, loss=...) first."
-        )

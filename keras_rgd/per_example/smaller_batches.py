@@ -17,7 +17,7 @@ from keras_rgd.per_example.memory import remembered
 from keras_rgd.per_example.mixing import mixing_of
 from keras_rgd.per_example.not_exact import NotExactError, layer_mixes, loss_mixes
 from keras_rgd.per_example.state import layers_that_change_state, unchanged
-from keras_rgd.per_example.traces import specs_of, structure
+from keras_rgd.per_example.traces import specs_of
 
 # How many examples are looked at where a few will do.
 _EXAMPLES = 32
@@ -70,27 +70,28 @@ def check_microbatches(losses, specs, batch=None, sizes=None):
             f"Layer {named(outer or changed)} changes a trainable weight in each forward pass.",
             _ADVICE,
         )
-    check_smaller_batches(ExampleLosses(model, training=False), batch)
+    check_smaller_batches(model, batch)
 
 
-def check_smaller_batches(losses, batch):
+def check_smaller_batches(model, batch):
     """Raise `NotExactError` where the loss of an example is another in a smaller batch.
 
     What the graph shows is remembered for the model; where that leaves it open, numbers are asked
     of each data set.
 
     Args:
-        losses: the `ExampleLosses` of a model in evaluation mode, where layers mix no examples.
+        model: a compiled, built model, looked at in evaluation mode, where layers mix no examples.
         batch: a `Batch` of some examples, two at least.
 
     Raises:
         NotExactError: says which kinds of loss are so.
     """
-    model, asked = losses.model, []
+    asked = []
     if takes_any_size(model):
         batch = batch.first(_EXAMPLES)
 
     def ask():
+        losses = ExampleLosses(model, training=False)
         mixing = mixing_of(losses, specs_of(batch))
         if _if_known(mixing.batch) is not None:
             raise _changes(model, mixing)
@@ -98,9 +99,9 @@ def check_smaller_batches(losses, batch):
         asked.append(mixing)
         return mixing
 
-    mixing = remembered(model, (check_smaller_batches, structure(batch)), ask)
+    mixing = remembered(model, (check_smaller_batches, batch.signature), ask)
     if mixing.batch is not None and not asked:
-        _check_numbers(losses, batch)
+        _check_numbers(ExampleLosses(model, training=False), batch)
 
 
 def _check_numbers(losses, batch):

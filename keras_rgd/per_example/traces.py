@@ -1,21 +1,14 @@
-"""Traces: what is known of a batch when one is made, and those that are made to be looked at."""
+"""Traces: the specs that one is made for, and those that are made to be looked at."""
 
 import contextlib
 import gc
 
-import keras
 import tensorflow as tf
 
 
 def specs_of(batch):
     """A `Batch` of tensors as one of a `tf.TensorSpec` each."""
     return batch.mapped(lambda t: tf.TensorSpec(t.shape, t.dtype))
-
-
-def structure(batch):
-    """What a trace depends on of a batch: shapes and dtypes, hashable."""
-    leaves = keras.tree.flatten(tuple(batch))
-    return tuple(None if t is None else (str(t.shape), t.dtype) for t in leaves)
 
 
 def with_any_size(specs):

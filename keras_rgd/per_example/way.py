@@ -15,7 +15,7 @@ from keras_rgd._keras.models import layers_of
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import PerExampleGradients
 from keras_rgd.per_example.losses import ExampleLosses
-from keras_rgd.per_example.traces import specs_of, structure
+from keras_rgd.per_example.traces import specs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StepWays:
         model = self._losses.model
         trained = tuple(id(v) for v in model.trainable_variables)
         return (
-            structure(batch),
+            batch.signature,
             trained,
             tuple(layer.trainable for layer in layers_of(model)),
         )
