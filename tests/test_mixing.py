@@ -28,6 +28,30 @@ def clipped_backward(h):
     return tf.identity(h), lambda dy: dy / (1e-3 + tf.norm(dy, axis=[1, 2], keepdims=True))
 
 
+@tf.custom_gradient
+def summed_backward(h):
+    """The gradient is that of a product whose broadcast axes are found as the step runs."""
+    factor = tf.constant(2.0)
+
+    def backward(dy):
+        axes = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(h), s1=tf.shape(factor))[0]
+        return tf.reshape(tf.reduce_sum(dy * factor, axes), tf.shape(h))
+
+    return h * factor, backward
+
+
+@tf.custom_gradient
+def summed_over_examples_backward(h):
+    """As `summed_backward`, of the axes that a mean over the examples is broadcast along."""
+
+    def backward(dy):
+        mean = tf.reduce_mean(h, 0, keepdims=True)
+        axes = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(mean), s1=tf.shape(h))[0]
+        return dy + tf.reshape(tf.reduce_sum(dy, axes), tf.shape(mean))
+
+    return tf.identity(h), backward
+
+
 def in_a_loop(step):
     def function(h, gate):
         def body(t, h):
@@ -113,6 +137,7 @@ MIXES = {
     "sums of pairs": scattered,
     "py_function": side_effect,
     "backward pass of its own": lambda h, gate: normalised_backward(h),
+    "backward pass over a broadcast": lambda h, gate: summed_over_examples_backward(h),
     "batch normalization without weights": lambda h, gate: tf.nn.batch_normalization(
         h, *tf.nn.moments(h, 0), None, None, 1e-3
     ),
@@ -148,6 +173,7 @@ APART = {
         tf.scan(lambda a, x: 0.5 * a + x, tf.transpose(h, [1, 0, 2])), [1, 0, 2]
     ),
     "swish": lambda h, gate: tf.nn.silu(h),
+    "backward pass over a broadcast": lambda h, gate: summed_backward(h),
     "backward pass of each": lambda h, gate: clipped_backward(h),
     "stopped statistic": lambda h, gate: h / tf.stop_gradient(1 + tf.reduce_max(tf.abs(h))),
     "mask by the batch": lambda h, gate: h * tf.cast(h > tf.reduce_mean(h), h.dtype),
@@ -229,6 +255,25 @@ def test_what_keeps_examples_apart_is_not_refused(name):
     assert mixing.apart, mixing
     off = jacobian(model, gate) * (1 - np.eye(N))
     assert off.max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "function, apart",
+    [
+        (tf.nn.silu, True),
+        (summed_backward, True),
+        (clipped_backward, True),
+        (normalised_backward, False),
+        (summed_over_examples_backward, False),
+    ],
+)
+def test_a_backward_pass_of_its_own_is_followed_over_an_open_axis(function, apart):
+    of = L.Lambda(function, output_shape=lambda shape: shape)
+    stack = [L.Dense(D), of, L.GlobalAveragePooling1D(), L.Dense(3)]
+    model = keras_rgd.RGDSequential([keras.Input((None, D)), *stack])
+    model.compile("sgd", cases.CROSSENTROPY())
+    x, y = tf.TensorSpec((7, None, D)), tf.TensorSpec((7,), "int32")
+    assert mixing_of(ExampleLosses(model, True), Batch(x, y)).apart is apart
 
 
 LOSSES = {
