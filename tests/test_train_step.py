@@ -1,5 +1,7 @@
 """The training step on what programs hand it: data made in it, none, odd batches, other steps."""
 
+import inspect
+
 import cases
 import keras
 import numpy as np
@@ -249,6 +251,8 @@ def test_inputs_that_are_not_dense_are_refused_by_name_before_anything_changes(k
         i = keras.Input((8,), sparse=True, name="words")
         z, x = L.Dense(3)(i), tf.sparse.from_dense(X)
     else:
+        if "ragged" not in inspect.signature(keras.Input).parameters:
+            pytest.skip("this Keras has no ragged inputs")
         i = keras.Input((None,), dtype="int32", ragged=True, name="words")
         z = L.Dense(3)(L.GlobalAveragePooling1D()(L.Embedding(9, 3)(i)))
         x = tf.RaggedTensor.from_row_lengths(np.arange(24) % 9, [1, 3] * 6)
@@ -283,13 +287,18 @@ EMPTY = [
 @pytest.mark.parametrize("way, recurrent, regularizer", swept(EMPTY, [*EMPTY[:3], EMPTY[-2]]))
 def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regularizer):
     after = []
-    for optimizer in (keras_rgd.RGD(0.1, **options(way)), keras.optimizers.SGD(0.1)):
+    for optimizer in (keras.optimizers.SGD(0.1), keras_rgd.RGD(0.1, **options(way))):
         keras.utils.set_random_seed(1)
         hidden = L.Dense(4, kernel_regularizer=regularizer)
         stack = [L.Reshape((4, 2)), L.SimpleRNN(3)] if recurrent else []
         model = classifier(optimizer, *stack, hidden)
         before = reference.flatten(model.trainable_variables)
-        odd_batches(model, [0, 0])
+        try:
+            odd_batches(model, [0, 0])
+        except ValueError:
+            if after:
+                raise
+            pytest.skip("this Keras takes no step without examples itself, by SGD")
         after.append(reference.flatten(model.trainable_variables))
     np.testing.assert_allclose(*after, rtol=1e-6)
     assert (after[0] == before).all() == (regularizer is None)
@@ -342,14 +351,19 @@ def test_frozen_layers_with_the_same_optimizer(way):
 
 @pytest.mark.parametrize("way", swept(["auto", "pieces"], ["auto"]))
 def test_weights_that_the_optimizer_does_not_know_are_refused_in_keras_words(way):
-    optimizer = keras_rgd.RGD(1.0, **options(way))
-    base = L.Dense(6, name="base", trainable=False)
-    model = classifier(optimizer, base)
-    model.fit(X, Y, batch_size=12, verbose=0)
-    base.trainable = True
-    model.compile(optimizer, cases.CROSSENTROPY())
-    with pytest.raises(ValueError, match="Unknown variable"):
+    raised = []
+    for optimizer in (keras.optimizers.SGD(1.0), keras_rgd.RGD(1.0, **options(way))):
+        base = L.Dense(6, name="base", trainable=False)
+        model = classifier(optimizer, base)
         model.fit(X, Y, batch_size=12, verbose=0)
+        base.trainable = True
+        model.compile(optimizer, cases.CROSSENTROPY())
+        # Keras 3.8 fails as it writes its own message.
+        with pytest.raises((ValueError, NotImplementedError)) as error:
+            model.fit(X, Y, batch_size=12, verbose=0)
+        raised.append(error.value)
+    assert type(raised[0]) is type(raised[1])
+    assert str(raised[0])[:20] == str(raised[1])[:20]
 
 
 @pytest.mark.parametrize("way", swept(WAYS, ["layerwise"]))
