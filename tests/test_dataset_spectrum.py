@@ -427,9 +427,7 @@ def test_gradients_that_are_not_finite_are_refused(example, digits):
 
 
 def test_a_masked_loss_is_refused_also_where_the_first_examples_have_no_mask():
-    model = keras.Sequential(
-        [keras.Input((4,)), L.Embedding(9, 3, mask_zero=True), L.TimeDistributed(L.Dense(1))]
-    )
+    model = keras.Sequential([keras.Input((4,)), L.Embedding(9, 3, mask_zero=True), L.Dense(1)])
     model.compile("sgd", "mse")
     x = np.ones((80, 4), "int32")
     x[40:, 2:] = 0
