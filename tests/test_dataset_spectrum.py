@@ -293,8 +293,7 @@ def model_and_dense(name):
 
 LAYERS = ["conv2d", "batch_normalization", "dropout", "lstm", "dictionaries", "weights_over_time"]
 LAYERS += ["regularizers", "shared_layer"]
-FEW = [("conv2d", "gram"), ("batch_normalization", "covariance"), ("regularizers", "iterative")]
-FEW += [("weights_over_time", "iterative"), ("lstm", "covariance")]
+FEW = [("conv2d", "gram"), ("regularizers", "iterative"), ("lstm", "covariance")]
 
 
 @pytest.mark.parametrize(

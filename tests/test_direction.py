@@ -64,7 +64,7 @@ UNDER_XLA = [
 ]
 
 
-@pytest.mark.parametrize("zoo, way, dtype", swept(UNDER_XLA, UNDER_XLA[:3]))
+@pytest.mark.parametrize("zoo, way, dtype", swept(UNDER_XLA, UNDER_XLA[:1]))
 def test_layers_side_by_side_are_exact_under_xla(zoo, way, dtype):
     zoos.assert_equals_dense_D(zoo, way, dtype)
 
@@ -188,7 +188,7 @@ def test_recorded_weak_field_error_is_that_of_the_step_or_bounds_it(name, way):
 SCALED = [(way, mode) for way in WAYS for mode in steps.MODES]
 
 
-@pytest.mark.parametrize("way, mode", swept(SCALED, [("layerwise", "xla"), *SCALED[::2]]))
+@pytest.mark.parametrize("way, mode", swept(SCALED, [("layerwise", "xla"), SCALED[2]]))
 def test_direction_scales_with_the_loss(way, mode):
     """One traced step for every scale: the loss's factor is a variable."""
     case, factor = BY_NAME["dense"], tf.Variable(1.0)

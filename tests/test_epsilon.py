@@ -126,7 +126,7 @@ def take(rule, way="vectorized_map", mode="graph", name="dense"):
 MET = [(tolerance, mode) for tolerance in (0.01, 0.05) for mode in steps.MODES]
 
 
-@pytest.mark.parametrize("tolerance, mode", swept(MET, [(0.01, "graph"), (0.05, "xla")]))
+@pytest.mark.parametrize("tolerance, mode", swept(MET, [(0.05, "xla")]))
 def test_weak_field_meets_its_tolerance_on_the_step(tolerance, mode):
     step, dense, _ = take(WeakField(tolerance), mode=mode)
     error = dense.error_on_step(step.epsilon)
@@ -184,7 +184,7 @@ OWN = [(0.5, 0.3, 0), (5.0, 0.6, 1), (-1.0, 0, 1), (float("nan"), 0, 1)]
 OWN = [(way, *told) for way in ("double_backward", "vectorized_map") for told in OWN]
 
 
-@pytest.mark.parametrize("way, factor, least, cuts", swept(OWN, [*OWN[1:3], *OWN[-3:]]))
+@pytest.mark.parametrize("way, factor, least, cuts", swept(OWN, [OWN[1], OWN[-2]]))
 def test_what_a_rule_of_ones_own_returns_stays_below_the_bound(way, factor, least, cuts):
     step, dense, optimizer = take(Told(factor), way)
     assert least <= step.epsilon * dense.lambda_max < 1
@@ -224,7 +224,7 @@ def test_a_fraction_near_1_is_not_cut():
     assert float(rules.choose(Fraction(0.9999), spectrum(2.0), 0)[0]) == pytest.approx(0.49995)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e10])
+@pytest.mark.parametrize("scale", swept([1.0, 1e-10, 1e10], [1e-10]))
 @pytest.mark.parametrize("source", ["window", "examples"])
 def test_a_fraction_of_the_mean_is_below_the_mean_of_the_batches_before(source, scale):
     c, decay = 0.6, 0.9

@@ -7,6 +7,7 @@ import reference
 import steps
 from keras import layers as L
 from networks import CROSSENTROPY, LABELS, TIMES, C, X, built, followed, lists, mlp, on, same
+from wide import wide
 
 import keras_rgd
 from keras_rgd import geometry
@@ -82,7 +83,7 @@ def test_without_noise_rgd_flow_is_gradient_flow():
     same(flows[1].positions, flows[0].positions)
 
 
-@on("mlp", "points")
+@on("mlp", "points", always=["points"])
 def test_geodesics_without_force_are_straight_where_the_metric_is_constant(network):
     (v,) = lists(network, network.v)
     epsilon = 0.0 if network.d > 3 else network.epsilon
@@ -144,6 +145,7 @@ def test_a_flow_that_leaves_its_bounds_ends_there_and_keeps_what_it_has(network)
     assert np.all(np.isfinite(flow.positions))
 
 
+@wide
 def test_a_flow_into_infinity_ends_where_the_numbers_do():
     model = keras.Sequential([keras.Input((3,)), L.Dense(1)])
 
@@ -178,6 +180,7 @@ def test_half_precision_is_refused():
             geometry.gradient_flow(model, X, LABELS, 1.0)
 
 
+@wide
 def test_float32_models_flow_within_their_own_precision():
     with steps.floatx("float32"):
         single = mlp()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import steps
 from keras import layers as L
+from wide import wide
 
 from keras_rgd import geometry
 from keras_rgd._support import vectors
@@ -219,6 +220,7 @@ def pop(model):
     return stack()
 
 
+@wide
 def test_a_changed_model_is_as_one_built_so():
     x, y = data()
     model = built(stack())

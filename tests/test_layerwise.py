@@ -13,7 +13,7 @@ import tensorflow as tf
 from cases import BY_NAME
 from hypothesis import strategies as st
 from keras import layers as L
-from wide import swept
+from wide import swept, wide
 
 import keras_rgd
 from keras_rgd import per_example as ways
@@ -133,7 +133,11 @@ def own_batch(dtype="float32"):
     return rng.normal(size=(N, T, D)).astype(dtype), rng.integers(0, 3, N)
 
 
-@pytest.mark.parametrize("name", OWN)
+FEW = ["transposed", "on the left", "einsum for each step", "scale and shift", "scalar", "where"]
+FEW += ["class token", "positions", "used in two ways", "low rank", "convolution to one place"]
+
+
+@pytest.mark.parametrize("name", swept(OWN, FEW))
 def test_layers_of_ones_own_are_exact(name, float64):
     model = own_model(*OWN[name])
     model.compile("sgd", cases.CROSSENTROPY())
@@ -207,7 +211,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", swept(REFUSED, ["batch statistics", "other gradient"]))
 def test_what_cannot_be_read_off_is_refused_by_name_and_auto_goes_another_way(name):
     function, shape, words = REFUSED[name]
     x, y = own_batch()
@@ -363,7 +367,7 @@ def test_as_many_examples_as_timesteps_are_told_apart():
 
 
 @pytest.mark.parametrize("order", ["examples first", "time first"])
-@pytest.mark.parametrize("n", [1, N])
+@pytest.mark.parametrize("n", swept([1, N], [N]))
 def test_rows_of_all_timesteps_are_read_where_each_example_has_its_own_together(order, n):
     """One example alone cannot show in which order they are."""
 
@@ -383,6 +387,7 @@ def test_rows_of_all_timesteps_are_read_where_each_example_has_its_own_together(
         assert "has examples along another axis than 0" in str(choice)
 
 
+@wide
 def test_more_timesteps_than_examples_in_an_unrolled_layer():
     def build():
         stack = [keras.Input((5, D)), L.SimpleRNN(4, unroll=True), L.Dense(3)]
@@ -405,7 +410,7 @@ def test_batches_of_unknown_size(name):
     assert reference.relative_error(auto, other) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", swept(["mixed_float16", "mixed_bfloat16"], ["mixed_float16"]))
 def test_half_precision_hides_no_mixing(policy):
     keras.config.set_dtype_policy(policy)
     rng = np.random.default_rng(0)

@@ -98,7 +98,7 @@ COMBINED = {
 MODES = [*((name, "graph") for name in (*COMBINED, "tied")), ("low rank", "xla")]
 
 
-@pytest.mark.parametrize("name, mode", swept(MODES, MODES[:-1]))
+@pytest.mark.parametrize("name, mode", swept(MODES, MODES[:3]))
 def test_weights_combined_before_their_use_are_exact_without_rows(name, mode, monkeypatch):
     monkeypatch.setattr(layerwise, "_GRAM_STEPS", 0)
     monkeypatch.setattr(layerwise, "_GRAM_FLOOR", 0)
@@ -179,8 +179,7 @@ def masked_batch(shape, fill):
 
 # By the Gram matrix, and by products.
 BOTH = [(name, gram) for name in LAYERS for gram in (True, False)]
-FEW = [(name, True) for name in ("dense", "conv2d", "depthwise", "scale", "used twice")]
-FEW += [(name, False) for name in ("dense over time, rows", "conv2d", "low rank")]
+FEW = [("dense", True), ("used twice", True), ("conv2d", False), ("low rank", False)]
 
 
 @pytest.mark.parametrize("name, gram", swept(BOTH, FEW))
@@ -213,7 +212,7 @@ def test_an_example_of_weight_0_may_hold_any_finite_number(name, gram, monkeypat
 @pytest.mark.parametrize(
     "scales, mode", [((1e-22, 1e15, 1e22), "graph"), ((1e-20,), "xla")], ids=["graph", "xla"]
 )
-@pytest.mark.parametrize("back", [False, True], ids=["from 1", "and back"])
+@pytest.mark.parametrize("back", swept([False, True], [True]), ids=["from 1", "and back"])
 def test_the_direction_follows_the_scale_of_the_inputs(scales, mode, back):
     """Gradients as large as the inputs; or of order 1, with inputs and cotangents far from it."""
 

@@ -12,7 +12,7 @@ import steps
 import tensorflow as tf
 from keras import layers as L
 from sklearn.datasets import load_digits
-from wide import swept
+from wide import swept, wide
 
 import keras_rgd
 
@@ -175,6 +175,7 @@ def test_every_pass_draws_the_masks_of_the_first():
     assert np.all(np.isfinite(c)) and reference.relative_error(c, a) > 1e-4
 
 
+@wide
 def test_several_outputs_and_their_losses_are_counted_once():
     def build():
         keras.utils.set_random_seed(0)
@@ -280,6 +281,7 @@ def one_step(model, x, y):
     return model.train_step((x, y))
 
 
+@wide
 def test_memory_is_that_of_a_piece():
     """By the largest array of the compiled step, which no machine's noise enters."""
     images, labels = digits(300)

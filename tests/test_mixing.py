@@ -8,6 +8,7 @@ import reference
 import tensorflow as tf
 from keras import layers as L
 from keras import ops
+from wide import swept
 
 import keras_rgd
 from keras_rgd.per_example import Batch, ExampleLosses
@@ -476,7 +477,7 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", swept(PENALTIES, ["mean", "sum over N", "sum", "root"]))
 def test_pieces_refuse_an_add_loss_that_is_no_mean_of_theirs_while_it_is_switched_off(name):
     penalty, is_mean = PENALTIES[name]
     gate = keras.Variable(0.0, trainable=False)

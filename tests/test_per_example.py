@@ -349,7 +349,7 @@ def test_a_small_part_of_the_loss_that_the_lanes_miss_is_refused_by_the_weights_
         model.train_on_batch(*dense_batch())
 
 
-@pytest.mark.parametrize("name", ["stateful", "spectral"])
+@pytest.mark.parametrize("name", swept(["stateful", "spectral"], ["spectral"]))
 def test_measuring_leaves_states_and_assigned_kernels_as_they_were(name):
     stack = {
         "stateful": [L.Reshape((2, 1)), L.SimpleRNN(2, stateful=True, name="rnn")],

@@ -7,15 +7,21 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from wide import swept
 
 import keras_rgd
 
 FOLDERS = sorted(p for p in (pathlib.Path(__file__).parent / "data").iterdir() if p.is_dir())
 
 
-def files(pattern):
+def files(pattern, always=None):
     paths = [p for folder in FOLDERS for p in sorted(folder.glob(pattern))]
-    return pytest.mark.parametrize("path", paths, ids=lambda p: f"{p.parent.name}-{p.stem}")
+    often = paths if always is None else [p for p in paths if p.stem in always]
+    return pytest.mark.parametrize("path", swept(paths, often), ids=_name)
+
+
+def _name(path):
+    return f"{path.parent.name}-{path.stem}"
 
 
 @keras.saving.register_keras_serializable(package="saved_files")
@@ -40,7 +46,7 @@ def of_a_later_keras(folder):
     return now < saved
 
 
-@files("*.keras")
+@files("*.keras", ["window", "dropout", "mixed_float16", "microbatches"])
 def test_training_goes_on_from_a_model_that_was_saved(path):
     if of_a_later_keras(path.parent):
         pytest.skip("Keras does not load what a later version saved")

@@ -27,22 +27,19 @@ def _param(value):
 
 WAYS = ("layerwise", "double_backward", "vectorized_map")
 
-# One step of each case by each way (see steps.py). Always: "layerwise" for each case that is not
-# much like others; "double_backward" where "auto" takes it, and for one of each kind of loss and
-# model, as zoos hold the layers; of "vectorized_map" what it refuses, which costs little, and one
-# of each kind that it serves.
-BACKWARD = ["batch_normalization", "batch_normalization_conv", "embedding_mask_lstm", "lstm"]
-BACKWARD += ["simple_rnn", "sample_weight", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
+# One step of each case by each way (see steps.py). Always: one of each form that "layerwise" has,
+# of each kind of loss and model, and of what each way refuses; zoos hold the other layers.
+LAYERWISE = ["dense", "einsum_dense_prelu", "conv2d", "conv3d", "depthwise_conv2d"]
+LAYERWISE += ["conv2d_transpose", "conv3d_transpose", "batch_normalization", "layer_normalization"]
+LAYERWISE += ["dropout", "embedding", "embedding_mask_loss", "transformer", "lstm"]
+LAYERWISE += ["shared_layer", "two_inputs_two_outputs", "dictionaries", "sample_weight"]
+LAYERWISE += ["regularizers", "frozen_layer", "loss_over_time_n_is_t", "own_compute_loss"]
+BACKWARD = ["batch_normalization", "lstm", "sample_weight", "loss_over_time_n_is_t"]
 BACKWARD += ["own_compute_loss"]
-LIKE_OTHERS = ["depthwise_conv1d", "separable_conv1d", "conv1d_transpose", "loss_over_time"]
-LIKE_OTHERS += ["weighted_examples_over_time", "gru", "bidirectional"]
-LIKE_OTHERS += ["lstm_dropout", "lstm_unrolled", "small_sigmoid", "nested_model"]
-VECTORIZED = ["batch_normalization", "conv3d", "depthwise_conv2d", "separable_conv1d", "dropout"]
-VECTORIZED += ["spatial_dropout", "lstm_dropout", "transformer", "own_compute_loss"]
-VECTORIZED += ["dense", "conv2d", "embedding_mask_loss", "layer_normalization", "simple_rnn"]
-VECTORIZED += ["regularizers", "loss_over_time_n_is_t", "frozen_layer", "subclassed"]
+VECTORIZED = ["batch_normalization", "depthwise_conv2d", "transformer", "simple_rnn"]
+VECTORIZED += ["dense", "conv2d", "embedding_mask_loss", "frozen_layer", "own_compute_loss"]
 
 STEPS = [(name, way) for name in BY_NAME for way in WAYS]
-ALWAYS = [(name, "layerwise") for name in BY_NAME if name not in LIKE_OTHERS]
+ALWAYS = [(name, "layerwise") for name in LAYERWISE]
 ALWAYS += [(name, "double_backward") for name in BACKWARD]
 ALWAYS += [(name, "vectorized_map") for name in VECTORIZED]
