@@ -16,6 +16,12 @@ from keras_rgd import per_example
 from keras_rgd.epsilon import Fixed, Fraction, WeakField
 from keras_rgd.window import make_window
 
+
+def wide(*values):
+    """A member of a sweep that the main run leaves out; see tests/wide.py."""
+    return pytest.param(*values, marks=pytest.mark.wide)
+
+
 SHAPES = [(4, 3), (3,), (5, 3), (1,)]
 
 
@@ -74,8 +80,8 @@ def walk(optimizer, given, size, batch_size=1):
 # the step
 
 
-@pytest.mark.parametrize("size", [2, 5, 16])
-@pytest.mark.parametrize("drift, noise", [(0, 1), (0.3, 1), (0.01, 0.01)])
+@pytest.mark.parametrize("size", [wide(2), 5, wide(16)])
+@pytest.mark.parametrize("drift, noise", [wide(0, 1), (0.3, 1), wide(0.01, 0.01)])
 def test_direction_equals_the_explicit_D_of_the_recorded_gradients(size, drift, noise):
     optimizer = keras_rgd.RGD(1.0, epsilon=0.999, window=size, batch_size=64)
     given = gradients(2 * size + 4, drift=drift, noise=noise)
@@ -87,7 +93,7 @@ def test_direction_equals_the_explicit_D_of_the_recorded_gradients(size, drift, 
 
 
 @pytest.mark.parametrize(
-    "rule", [Fraction(0.3), Fixed(0.01), Fixed(1e9), WeakField(0.05)], ids=repr
+    "rule", [wide(Fraction(0.3)), wide(Fixed(0.01)), Fixed(1e9), WeakField(0.05)], ids=repr
 )
 def test_every_rule_meets_the_window(rule):
     optimizer = keras_rgd.RGD(1.0, epsilon=rule, window=6, batch_size=8)
@@ -306,12 +312,12 @@ def test_a_saved_model_continues_bit_for_bit(tmp_path):
     "options",
     [
         {"momentum": 0.9, "nesterov": True},
-        {"weight_decay": 0.1},
-        {"clipnorm": 0.5},
-        {"clipvalue": 0.1},
-        {"global_clipnorm": 0.5},
-        {"loss_scale_factor": 64.0},
-        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+        wide({"weight_decay": 0.1}),
+        wide({"clipnorm": 0.5}),
+        wide({"clipvalue": 0.1}),
+        wide({"global_clipnorm": 0.5}),
+        wide({"loss_scale_factor": 64.0}),
+        wide({"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}),
         {"gradient_accumulation_steps": 2, "momentum": 0.9},
     ],
     ids=lambda o: "-".join(o),
