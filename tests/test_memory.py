@@ -165,7 +165,8 @@ def test_seeds_and_moving_statistics_stay_where_they_are():
     model, (x, y) = model_of(*layers, loss=loss), data()
     before = [v.numpy() for v in model.variables]
     first, second = (gram(model, x, y, training=True) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+    # Sums of several threads may differ in the last digit; another mask would in the first.
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-7)
     for a, b in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(a, b.numpy())
 

@@ -235,8 +235,8 @@ def vectorized(lane, signature, compiled):
     crashes = []
     if compiled:
         return rows
-    plain = tf.function(rows, reduce_retracing=True)
-    with_xla = tf.function(rows, reduce_retracing=True, jit_compile=True)
+    plain = tf.function(rows, reduce_retracing=True, autograph=False)
+    with_xla = tf.function(rows, reduce_retracing=True, autograph=False, jit_compile=True)
 
     def sound_rows(*chunk):
         if not crashes:
@@ -261,7 +261,7 @@ def quiet():
 def _operations(lane, chunk):
     """The types of the operations of `lane` on one example of `chunk`, loops' insides included."""
     specs = keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), chunk)
-    graph = tf.function(lane).get_concrete_function(specs).graph.as_graph_def()
+    graph = tf.function(lane, autograph=False).get_concrete_function(specs).graph.as_graph_def()
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
     return {node.op for node in nodes}
 
@@ -272,4 +272,4 @@ def one_by_one(lane, signature, compiled):
     def rows(*chunk):
         return tf.map_fn(lane, chunk, fn_output_signature=signature)
 
-    return rows if compiled else tf.function(rows, reduce_retracing=True)
+    return rows if compiled else tf.function(rows, reduce_retracing=True, autograph=False)
