@@ -295,10 +295,11 @@ def test_a_batch_without_examples_takes_the_step_of_sgd(way, recurrent, regulari
         before = reference.flatten(model.trainable_variables)
         try:
             odd_batches(model, [0, 0])
-        except ValueError:
-            if after:
+        except ValueError as error:
+            # Keras 3.16 adds up losses of shapes (0,) and () no more, with SGD either.
+            if after or "Shapes must be equal rank" not in str(error):
                 raise
-            pytest.skip("this Keras takes no step without examples itself, by SGD")
+            pytest.skip("this Keras takes no step without examples, by SGD itself")
         after.append(reference.flatten(model.trainable_variables))
     np.testing.assert_allclose(*after, rtol=1e-6)
     assert (after[0] == before).all() == (regularizer is None)

@@ -4,14 +4,12 @@ from keras_rgd.per_example.mixing.following import LOST
 from keras_rgd.per_example.mixing.following_rules import (
     all_joined,
     axes_of,
-    broadcast_operand,
     given,
     joined,
     only,
     placed,
     registry,
 )
-from keras_rgd.per_example.mixing.places import UnknownError
 
 _ELEMENTWISE = """
 Abs Acos Acosh Add AddN AddV2 Angle ApproximateEqual Asin Asinh Atan Atan2 Atanh Betainc BitwiseAnd
@@ -86,27 +84,12 @@ def _table(follower, op, inputs):
 
 @rule(*_REDUCTIONS)
 def _reduction(follower, op, inputs):
-    place, rank, operand = only(inputs, 0), op.inputs[0].shape.rank, broadcast_operand(op)
-    if place is not LOST and operand is not None and follower.value(op.inputs[1]) is None:
-        return _unbroadcast(place, rank, operand.shape)
-    axes = axes_of(follower, op.inputs[1], rank)
+    place, axes = only(inputs, 0), axes_of(follower, op.inputs[1], op.inputs[0].shape.rank)
     if place is LOST or place.axis in axes:
         return LOST
     if op.type not in ("ArgMax", "ArgMin") and op.get_attr("keep_dims"):
         return place
     return place._replace(axis=place.axis - sum(axis < place.axis for axis in axes))
-
-
-def _unbroadcast(place, rank, shape):
-    """The place after a sum over the axes along which a tensor of `shape` was broadcast."""
-    given(rank, shape.rank)
-    axis = place.axis - (rank - shape.rank)
-    if axis < 0:
-        return LOST
-    # An axis of length 1 may be gone, and with it the count of those after it.
-    if any(length in (None, 1) for length in shape.as_list()[: axis + 1]):
-        raise UnknownError
-    return place._replace(axis=axis)
 
 
 def _matrix_labels(op, ranks, flips):

@@ -6,7 +6,6 @@ from keras_rgd.per_example.mixing.following import LOST
 from keras_rgd.per_example.mixing.following_rules import (
     all_joined,
     axes_of,
-    broadcast_operand,
     given,
     joined,
     only,
@@ -25,15 +24,8 @@ def _reshape(follower, op, inputs):
     place, before, after = only(inputs, 0), op.inputs[0].shape, op.outputs[0].shape
     if place is LOST:
         return LOST
-    operand = broadcast_operand(op.inputs[0].op)
-    if before.rank is None and operand is not None and _is_shape_of(op.inputs[1], operand):
-        return place  # the axes that are summed over come after it, and are put back
     given(before.rank, after.rank)
     return reshaped(place, before.as_list(), after.as_list(), follower.n) or LOST
-
-
-def _is_shape_of(tensor, operand):
-    return tensor.op.type == "Shape" and tensor.op.inputs[0] is operand
 
 
 @rule("Transpose", "ConjugateTranspose")

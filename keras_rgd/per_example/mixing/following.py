@@ -6,7 +6,6 @@ each type of operation that says where the examples lie in its outputs, given wh
 inputs. Functions, branches and loops are entered, and all branches are followed.
 """
 
-import math
 import typing
 
 import tensorflow as tf
@@ -114,10 +113,9 @@ class Follower:
 
     def _new_value(self, tensor):
         op, entries = tensor.op, tensor.shape.num_elements()
-        if entries is None:
-            # Of open length, as the axes that were broadcast: sizes and indices alone.
-            entries = 0 if tensor.dtype.is_integer else math.inf
-        if entries > _SMALL or not tensor.dtype.is_numpy_compatible:
+        # Of open length are sizes and indices alone, as the axes that were broadcast.
+        small = tensor.dtype.is_integer if entries is None else entries <= _SMALL
+        if not small or not tensor.dtype.is_numpy_compatible:
             return None
         value = tf.get_static_value(tensor)
         if value is None and 0 < len(op.inputs) < 8 and not op.op_def.is_stateful:

@@ -63,21 +63,6 @@ def all_joined(inputs):
     return joined([(inputs[i].place, inputs[i].follows) for i in placed(inputs)])
 
 
-def broadcast_operand(op):
-    """The tensor to whose shape a `Sum` brings the gradient of what was broadcast, or `None`.
-
-    Where sizes are open, TensorFlow finds the axes as a step runs: the gradient by a of a * b is
-    Reshape(Sum(g, BroadcastGradientArgs(Shape(a), Shape(b))[0]), Shape(a)).
-    """
-    if op.type != "Sum" or op.get_attr("keep_dims"):
-        return None
-    axes = op.inputs[1]
-    if axes.op.type != "BroadcastGradientArgs":
-        return None
-    shape = axes.op.inputs[axes.value_index].op
-    return shape.inputs[0] if shape.type == "Shape" else None
-
-
 def axes_of(follower, tensor, rank):
     """The axes that a tensor names, counted from the first."""
     value = follower.value(tensor)
