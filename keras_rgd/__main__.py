@@ -6,11 +6,11 @@ import pathlib
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import keras_rgd
 from keras_rgd import dataset_spectrum
 from keras_rgd._support.arguments import WAYS
+from keras_rgd._support.backends import ERRORS
 from keras_rgd.datasets import load_dataset
 
 
@@ -75,7 +75,7 @@ def _spectrum(args):
             memory_limit=int(args.memory_limit * 2**30),
             verbose=not args.quiet,
         )
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (*ERRORS, RuntimeError) as error:
         raise SystemExit(str(error)) from error
     json_file, picture = (out.with_name(out.name + suffix) for suffix in (".json", ".png"))
     spectrum.save(json_file)

@@ -100,11 +100,11 @@ class DiffusionMatrix:
     def factored_product(self, v: Vector) -> Product:
         """D v as a `Product`, for v a list of tensors shaped as the weights."""
         norm = vectors.norm(v)
-        centred, _ = self.to_examples([ops.divide_no_nan(x, norm) for x in v])
-        length = vectors.norm([centred])
+        centred, noise = self.to_examples([ops.divide_no_nan(x, norm) for x in v])
+        length = vectors.norm([centred], noise)  # no smaller than that, or 0
         examples = ops.divide_no_nan(centred, length)
         pulled = self.to_weights(examples)
-        alpha = vectors.norm(pulled)
+        alpha = vectors.norm(pulled, length)  # alpha >= length
         return Product(
             norm=norm,
             size=length,

@@ -12,7 +12,11 @@ from keras_rgd._support import centring, eigensolvers, rounding, vectors
 from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.diffusion_matrix import DiffusionMatrix, Product
 from keras_rgd.epsilon import GramSpectrum, SpectralMeasure
-from keras_rgd.largest_eigenvalue import estimate_by_passes, estimate_by_products
+from keras_rgd.largest_eigenvalue import (
+    estimate_by_moments,
+    estimate_by_passes,
+    estimate_by_products,
+)
 from keras_rgd.per_example.gradients import PerExampleGradients
 
 
@@ -28,7 +32,8 @@ def direction_of(
     if gradients.gram_is_cheap:
         return GramDirection(gradients)
     D = DiffusionMatrix(gradients)
-    product, lambda_max = estimate_by_products(D, gradients.gradient, last_estimate)
+    estimate = estimate_by_products if gradients.products_in_loops else estimate_by_moments
+    product, lambda_max = estimate(D, gradients.gradient, last_estimate)
     return ProductDirection(gradients, product, lambda_max)
 
 

@@ -43,7 +43,8 @@ def diffusion_matrix(
             in the literature; `True` for training mode. Defaults to `False`.
         per_example: "layerwise", "vectorized_map", "double_backward", or "auto": "layerwise" where
             that is exact for the model, else one example a lane where that is, else
-            "double_backward", whose Gram matrix costs N backward passes. Defaults to `"auto"`.
+            "double_backward", whose Gram matrix costs N backward passes. On JAX "linearized".
+            Defaults to `"auto"`.
         chunk_size: how many examples' gradients are held at once by the ways that hold any.
             Defaults to `None`, as many as fit in 1 GiB.
 
@@ -111,6 +112,7 @@ class Measurement:
             n_weights=D.n_weights,
             mode=self._mode,
             per_example=gradients.way,
+            products_dtype=gradients.products_dtype,
             rank_bound=D.n_examples - 1,
             seconds=time.perf_counter() - start,
             **values,

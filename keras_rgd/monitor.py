@@ -13,13 +13,10 @@ from typing import Any
 import keras
 import numpy as np
 import rich.console
-import tensorflow as tf
 
 from keras_rgd import epsilon as epsilon_rules
-from keras_rgd import tensorboard
 from keras_rgd._support import arguments, batches
-from keras_rgd.geometry.geometry import Geometry
-from keras_rgd.geometry.neglected import pointwise_terms
+from keras_rgd._support.backends import needs_tensorflow
 from keras_rgd.measurement import Measurement
 from keras_rgd.optimizer import inner_rgd
 from keras_rgd.per_example.losses_model import LossesModel, as_given
@@ -112,6 +109,8 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 "`neglected_terms` are those of evaluation mode. Received: neglected_terms=True, "
                 "training=True"
             )
+        if neglected_terms:
+            needs_tensorflow("DiffusionMonitor(neglected_terms=True)")
         self.records: list[DiffusionRecord] = []
         self._data = _first_examples(data, int(examples))
         self._rule = epsilon_rules.get(epsilon)
@@ -123,13 +122,15 @@ class DiffusionMonitor(keras.callbacks.Callback):
         # While a model trains: what is measured, its `Measurement`, and the `Geometry` if wanted.
         self._measured: Any = None
         self._measurement: Any = None
-        self._geometry: Geometry | None = None
-        self._writer = None
+        self._geometry: Any = None
+        self._writer: Any = None  # a `RecordWriter`, with `log_dir`
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find out how this model is measured, and whether it can be, before it trains."""
         if self._log_dir is not None and self._writer is None:
-            self._writer = tf.summary.create_file_writer(self._log_dir)
+            from keras_rgd.tensorboard import RecordWriter
+
+            self._writer = RecordWriter(self._log_dir)
         with self._showing_progress():
             self._prepare()
 
@@ -141,7 +142,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
             data = (as_given(*self._data),)
         batch = as_batch(self._measured, *data)
         self._measurement = Measurement(self._measured, batch, *self._options)
-        self._geometry = Geometry(self._measured, *batch) if self._neglected else None
+        self._geometry = _geometry_of(self._measured, batch) if self._neglected else None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin anew with what RGD keeps of an epoch's steps."""
@@ -167,6 +168,8 @@ class DiffusionMonitor(keras.callbacks.Callback):
                 rgd=rgd,
             )
             if self._neglected and math.isfinite(record.epsilon):
+                from keras_rgd.geometry.neglected import pointwise_terms
+
                 terms = pointwise_terms(self._geometry, rule, record.epsilon)
                 record = dataclasses.replace(record, **terms)
         self.records.append(record)
@@ -174,7 +177,7 @@ class DiffusionMonitor(keras.callbacks.Callback):
         logged = (*_LOGGED, "window_cosine") if windowed else _LOGGED
         logs.update({name: _number(getattr(record, name)) for name in logged})
         if self._writer is not None:
-            tensorboard.write(self._writer, record)
+            self._writer.write(record)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the TensorBoard file."""
@@ -214,6 +217,13 @@ class DiffusionMonitor(keras.callbacks.Callback):
             timer.join()
             if spins:
                 status.stop()
+
+
+def _geometry_of(model, batch):
+    # Which TensorFlow alone has.
+    from keras_rgd.geometry.geometry import Geometry
+
+    return Geometry(model, *batch)
 
 
 def _number(value):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 
 from keras_rgd.diffusion_matrix import rank_cut
@@ -27,6 +26,9 @@ def plot_spectrum(
     Raises:
         ValueError: there is no record, or none with a positive eigenvalue.
     """
+    # Only here: half of the time that importing the package would take.
+    import matplotlib.figure
+
     records = list(records) if isinstance(records, list | tuple) else [records]
     if not any(record.lambda_max > 0 for record in records):
         raise ValueError(

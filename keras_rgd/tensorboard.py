@@ -1,9 +1,21 @@
 """What TensorBoard is shown of a record: tags, their descriptions, and the writing."""
 
+from __future__ import annotations
+
+import os
+import struct
+import time
+
 import numpy as np
-import tensorflow as tf
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.histogram import summary_v2 as histogram
+from tensorboard.plugins.image import metadata as image
+from tensorboard.plugins.scalar import summary_v2 as scalar
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 from keras_rgd.plots import picture
+from keras_rgd.records import DiffusionRecord
 
 # What TensorBoard shows of each beside its chart; markdown.
 _SCALARS = {
@@ -37,23 +49,46 @@ _SCALARS = {
 }
 
 
-def write(writer, record):
-    """Write one record to TensorBoard: scalars, the spectrum as a histogram and as a picture.
+class RecordWriter:
+    """A run that TensorBoard shows, by TensorBoard's own writer, whichever backend runs Keras.
 
     Args:
-        writer: a `tf.summary` file writer.
-        record: a `DiffusionRecord`; its epoch is the step.
+        log_dir: its folder.
     """
-    with writer.as_default(step=record.epoch):
-        for name, description in _SCALARS.items():
-            value = getattr(record, name)
-            if value is not None and np.isfinite(value):
-                tf.summary.scalar(f"diffusion/{name}", value, description=description)
+
+    def __init__(self, log_dir: str | os.PathLike):
+        self._file = EventFileWriter(str(log_dir))
+
+    def write(self, record: DiffusionRecord) -> None:
+        """Write scalars, the spectrum as a histogram and as a picture; its epoch is the step."""
+        summaries = [
+            scalar.scalar_pb(f"diffusion/{name}", value, description)
+            for name, description in _SCALARS.items()
+            if (value := getattr(record, name)) is not None and np.isfinite(value)
+        ]
         counted = record.eigenvalues[record.eigenvalues > record.rank_gram_cut]
         if len(counted):
             # Linear buckets would show nothing of a spectrum over many decades.
-            tf.summary.histogram("diffusion/log10_eigenvalues", np.log10(counted))
-            tf.summary.image(
-                "diffusion/spectrum", tf.io.decode_png(picture(record), channels=4)[None]
+            summaries.append(
+                histogram.histogram_pb("diffusion/log10_eigenvalues", np.log10(counted))
             )
-    writer.flush()
+            summaries.append(_image("diffusion/spectrum", picture(record)))
+        values = [value for summary in summaries for value in summary.value]
+        summary = summary_pb2.Summary(value=values)
+        event = event_pb2.Event(wall_time=time.time(), step=record.epoch, summary=summary)
+        self._file.add_event(event)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _image(tag: str, png: bytes) -> summary_pb2.Summary:
+    """A picture as the image plugin stores it: width, height, and the file."""
+    width, height = struct.unpack(">II", png[16:24])  # of the header chunk, which comes first
+    tensor = make_tensor_proto([str(width).encode(), str(height).encode(), png])
+    metadata = image.create_summary_metadata(display_name=None, description=None)
+    return summary_pb2.Summary(
+        value=[summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)]
+    )

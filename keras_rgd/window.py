@@ -17,17 +17,14 @@ from typing import Any
 
 from keras import ops
 
-from keras_rgd._support import centring, eigensolvers, rounding, vectors
+from keras_rgd._keras.optimizers import layout_of_stacked
+from keras_rgd._support import centring, eigensolvers, rounding, stacked, vectors
 from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.epsilon import GramSpectrum
 from keras_rgd.per_example.gradients import PerExampleGradients, gram_of_rows, working_dtype
 
 # In bytes; a window above it is announced before training.
 _LARGE = 2**30
-
-# Weights with fewer entries are stored together, as hundreds of biases would be hundreds of
-# operations. Joining larger ones would cost more than it saves.
-_SMALL = 2**13
 
 
 class GradientWindow:
@@ -61,16 +58,22 @@ class GradientWindow:
         self.dtype = working_dtype(variables)
         self.stored_dtype = dtype or self.dtype
 
-        def add(shape, dtype, name):
+        def add(shape, dtype, name, **layout):
             # Every replica has the same gradient, the all-reduced one.
-            return add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
+            kind = "only_first_replica"
+            return add_variable(shape, dtype=dtype, aggregation=kind, name=name, **layout)
 
         sizes = [vectors.size([v]) for v in self.variables]
         self.groups = _groups(sizes)
-        self.rows = [
-            add((size, sum(sizes[i] for i in group)), self.stored_dtype, f"window_{j}")
-            for j, group in enumerate(self.groups)
-        ]
+        self.rows, self._laid_out = [], []
+        for j, group in enumerate(self.groups):
+            shape = (sum(sizes[i] for i in group),)
+            # A weight that lies split over devices has its gradients split likewise, in its shape.
+            layout = layout_of_stacked(self.variables[group[0]]) if len(group) == 1 else {}
+            if layout:
+                shape = tuple(self.variables[group[0]].shape)
+            self._laid_out.append(bool(layout))
+            self.rows.append(add((size, *shape), self.stored_dtype, f"window_{j}", **layout))
         self.distances = add((size, size), self.dtype, "window_distances")
         self.products = add((size,), self.dtype, "window_products")
         self.stored = add((), "int", "window_stored")
@@ -90,24 +93,29 @@ class GradientWindow:
 
     def flat(self, v):
         """A list of tensors shaped as the weights, or `None` for 0, as one of group vectors."""
-        parts = [
-            ops.zeros([vectors.size([variable])], self.dtype)
-            if x is None
-            # By the weight's size: a trace for batches of any size may not know the gradient's.
-            else ops.cast(
-                ops.reshape(ops.convert_to_tensor(x), [vectors.size([variable])]), self.dtype
-            )
-            for x, variable in zip(v, self.variables, strict=True)
-        ]
         return [
-            parts[group[0]] if len(group) == 1 else ops.concatenate([parts[i] for i in group])
-            for group in self.groups
+            self._joined([v[i] for i in group], [self.variables[i] for i in group], laid_out)
+            for group, laid_out in zip(self.groups, self._laid_out, strict=True)
         ]
+
+    def _joined(self, tensors, variables, laid_out):
+        parts = []
+        for x, variable in zip(tensors, variables, strict=True):
+            # By the weight's shape: a trace for batches of any size may not know the gradient's.
+            shape = tuple(variable.shape) if laid_out else (vectors.size([variable]),)
+            if x is None:
+                parts.append(ops.zeros(shape, self.dtype))
+            else:
+                parts.append(ops.cast(ops.reshape(ops.convert_to_tensor(x), shape), self.dtype))
+        return parts[0] if len(parts) == 1 else ops.concatenate(parts)
 
     def shaped(self, flat, first=()):
         """A list of group vectors (*first, size) as one of tensors (*first, *weight shape)."""
         tensors = [None] * len(self.variables)
-        for x, group in zip(flat, self.groups, strict=True):
+        for x, group, laid_out in zip(flat, self.groups, self._laid_out, strict=True):
+            if laid_out:
+                tensors[group[0]] = x
+                continue
             end = 0
             for i in group:
                 shape = tuple(self.variables[i].shape)
@@ -116,40 +124,9 @@ class GradientWindow:
         return tensors
 
     def read(self):
-        """The stored gradients, a list of tensors (W, size of a group)."""
+        """The stored gradients, a list of tensors (W, *shape of a group vector)."""
         # A gather from a TensorFlow variable would make each read of it a copy: it is read once.
         return [ops.stop_gradient(row.value) for row in self.rows]
-
-
-def _dot(rows, v):
-    """<v_t, v> for each place t, shape (W,), for v a list of group vectors."""
-    products = [ops.matmul(ops.cast(row, x.dtype), x) for row, x in zip(rows, v, strict=True)]
-    # Not one added to the other: XLA would compute each with the addition, one after the other.
-    return ops.sum(ops.stack(products), axis=0)
-
-
-def _square(v):
-    """|v|^2 for v a list of group vectors."""
-    return sum(_vector_square(x) for x in v)
-
-
-def _vector_square(x):
-    # On a CPU XLA adds up a product of two vectors number by number, several times as long as one
-    # of two matrices that holds it.
-    if x.shape[0] % 4:
-        return ops.matmul(x, x)
-    x = ops.reshape(x, [4, x.shape[0] // 4])
-    return ops.trace(ops.matmul(x, ops.transpose(x)))
-
-
-def _combine(w, rows):
-    """sum_t w_t v_t, a list of group vectors, for w of shape (W,) or (m, W)."""
-    return [ops.matmul(w, ops.cast(row, w.dtype)) for row in rows]
-
-
-def _place(rows, t, dtype):
-    """The gradient in place t, a list of group vectors."""
-    return [ops.cast(ops.take(row, t, axis=0), dtype) for row in rows]
 
 
 class WindowDirection:
@@ -177,10 +154,10 @@ class WindowDirection:
         there = ops.cast(places == last, dtype)
         # As they will be stored.
         self._new = [ops.cast(ops.cast(x, window.stored_dtype), dtype) for x in v]
-        lasts = _place(self._rows, last, dtype)
+        lasts = stacked.place(self._rows, last, dtype)
         change = [new - old for new, old in zip(self._new, lasts, strict=True)]
-        q = _dot(self._rows, change)
-        square, moved = _square(self._new), _square(change)
+        q = stacked.dot(self._rows, change)
+        square, moved = stacked.square(self._new), stacked.square(change)
         # |v_t - v_T|^2 and <v_t - v_T, v_T> from those of v_(T-1).
         before, at_last = ops.matmul(there, window.distances), ops.sum(there * q)
         distances = ops.maximum(moved + before - 2 * (q - at_last), 0) * (1 - self._here)
@@ -222,9 +199,9 @@ class WindowDirection:
         """(I - eps D) v, Eq. (10), for eps in the unit of `seen_by_rule`."""
         w = epsilon * self._weights
         own = ops.sum(w * self._here)
-        others = _combine(w * (1 - self._here), self._rows)
+        others = stacked.combine(w * (1 - self._here), self._rows)
         direction = [(1 - own) * x - y for x, y in zip(self._v, others, strict=True)]
-        self._probe = sum(x[0] for x in direction if x.shape[0] > 0)
+        self._probe = sum(x[(0,) * len(x.shape)] for x in direction if 0 not in x.shape)
         return self._window.shaped(direction)
 
     def store(self):
@@ -236,7 +213,8 @@ class WindowDirection:
         finite = ops.isfinite(self._probe + self._square)
         for variable, row, x in zip(window.rows, self._rows, self._new, strict=True):
             new = ops.where(finite, ops.cast(x, window.stored_dtype), 0)
-            variable.assign(ops.slice_update(row, [self._slot, 0], new[None]))
+            place = [self._slot, *[0] * len(x.shape)]
+            variable.assign(ops.slice_update(row, place, new[None]))
         for variable, value in (
             (window.distances, self._distances),
             (window.products, self._products),
@@ -269,10 +247,10 @@ class WindowGradients(PerExampleGradients):
     def gradient(self):
         """v, the gradient stored last, a list of tensors shaped as the weights."""
         last = (self._window.count() - 1) % self._window.size
-        return self._window.shaped(_place(self._window.read(), last, self.dtype))
+        return self._window.shaped(stacked.place(self._window.read(), last, self.dtype))
 
     def _dot(self, v):
-        k = _dot(self._window.read(), self._window.flat(v))
+        k = stacked.dot(self._window.read(), self._window.flat(v))
         return self._scale * k[: self.n_examples]
 
     def _combine(self, w):
@@ -280,7 +258,7 @@ class WindowGradients(PerExampleGradients):
 
     def combine_many(self, w):
         w = self._scale * ops.pad(w, [[0, 0], [0, self._window.size - self.n_examples]])
-        return self._window.shaped(_combine(w, self._window.read()), [w.shape[0]])
+        return self._window.shaped(stacked.combine(w, self._window.read()), [w.shape[0]])
 
     def gram(self, center=None, unit=1.0):
         rows = (
@@ -340,6 +318,6 @@ def _announcement(variables, size, dtype):
 
 def _groups(sizes):
     """The places of the sizes: each large one alone, and the small ones together."""
-    large = [[i] for i, size in enumerate(sizes) if size >= _SMALL]
-    small = [i for i, size in enumerate(sizes) if size < _SMALL]
+    large = [[i] for i, size in enumerate(sizes) if size >= vectors.SMALL]
+    small = [i for i, size in enumerate(sizes) if size < vectors.SMALL]
     return [*large, small] if small else large

@@ -5,8 +5,13 @@
 writes it into README.md; `test_readme.py` fails where the two differ.
 """
 
+import functools
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import cases
 import steps
@@ -16,7 +21,7 @@ COLUMNS = ("layerwise", "double_backward", "vectorized_map")
 BEGIN, END = "<!-- layer table: python tests/layer_table.py -->\n", "<!-- end of layer table -->"
 HEAD = (
     '| layers, losses, models | `"layerwise"` | `"double_backward"` | `"vectorized_map"` '
-    '| `"auto"` takes |\n|---|---|---|---|---|\n'
+    '| `"auto"` takes | JAX: `"linearized"` |\n|---|---|---|---|---|---|\n'
 )
 
 
@@ -26,14 +31,27 @@ def rows():
 
 
 def cells(row):
-    """What each way does with a row's models: "exact", "refused" or both; and what "auto" takes."""
-    results = {column: set() for column in COLUMNS}
+    """What each way does with a row's models: "exact", "refused" or both; and what "auto" takes.
+
+    Last what the one way on JAX does.
+    """
+    results = {column: set() for column in (*COLUMNS, "linearized")}
     for case in cases.CASES:
         if case.row == row:
             for column in COLUMNS:
                 results[column].add(cell(case, column))
-    found = [" or ".join(sorted(result)) for result in results.values()]
-    return (*found, "layerwise" if found[0] == "exact" else "double_backward")
+            results["linearized"].add(on_jax()[case.name])
+    *found, last = [" or ".join(sorted(result)) for result in results.values()]
+    return (*found, "layerwise" if found[0] == "exact" else "double_backward", last)
+
+
+@functools.cache
+def on_jax():
+    """ "exact" or "refused" of each case on JAX, which needs a process of its own."""
+    program = pathlib.Path(__file__).parent / "on_jax" / "steps_on_jax.py"
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    printed = subprocess.check_output([sys.executable, str(program)], env=environment, text=True)
+    return json.loads(printed)
 
 
 def cell(case, way):

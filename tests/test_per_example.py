@@ -451,8 +451,21 @@ def test_weights_may_have_several_dtypes(first, last):
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(ValueError, match="'vectorized_map'. Received: per_example='jacobian'"):
+    with pytest.raises(ValueError, match="'linearized'. Received: per_example='jacobian'"):
         arguments.check_way("jacobian")
+
+
+def test_a_way_of_another_backend_is_refused():
+    model = keras_rgd.RGDSequential([keras.Input((2,)), L.Dense(1)])
+    model.compile(keras_rgd.RGD(per_example="linearized"), "mse")
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    for measure in (
+        lambda: model.fit(x, y, verbose=0),
+        lambda: keras_rgd.diffusion_matrix(model, x, y, per_example="linearized"),
+        lambda: keras_rgd.spectrum(model, (x, y), per_example="linearized"),
+    ):
+        with pytest.raises(ValueError, match="On the tensorflow backend .* set KERAS_BACKEND=jax"):
+            measure()
 
 
 # the facts of TensorFlow that the checks stand on

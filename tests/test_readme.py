@@ -13,7 +13,7 @@ def test_the_layer_table_has_a_row_for_every_kind_of_model():
 @pytest.mark.parametrize("name, way", swept(STEPS, ALWAYS))
 def test_the_layer_table_is_what_the_steps_do(name, way):
     case = BY_NAME[name]
-    *written, auto = layer_table.written()[case.row]
+    *written, auto, _ = layer_table.written()[case.row]
     written = dict(zip(layer_table.COLUMNS, written, strict=True))
     assert auto == ("double_backward" if case.opaque else "layerwise")
     assert layer_table.cell(case, way) in written[way].split(" or ")

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_records import record
 
-from keras_rgd import tensorboard as tensorboard_file
+from keras_rgd.tensorboard import RecordWriter
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def written(tmp_path_factory):
     ]
     records.append(record(epoch=2, eigenvalues=np.zeros(6), lambda_max=0.0, overlap=float("nan")))
     folder = str(tmp_path_factory.mktemp("logs"))
-    writer = tf.summary.create_file_writer(folder)
+    writer = RecordWriter(folder)
     for r in records:
-        tensorboard_file.write(writer, r)
+        writer.write(r)
     writer.close()
     events = EventAccumulator(folder, size_guidance={"tensors": 0})
     events.Reload()

@@ -91,6 +91,24 @@ def calls_replaced(objects, replacement):
                 vars(o)["call"] = call
 
 
+@contextlib.contextmanager
+def attribute_replaced(model, name, replacement):
+    """Inside, a method of a model is `replacement(method)`.
+
+    Expected: Keras looks it up on the instance each time. Where it would not, the replacement were
+    never called.
+    """
+    own = vars(model).get(name)
+    # Past `__setattr__`, by which models track what they are given.
+    vars(model)[name] = replacement(getattr(model, name))
+    try:
+        yield
+    finally:
+        del vars(model)[name]
+        if own is not None:
+            vars(model)[name] = own
+
+
 def losses_by_path(model):
     """The losses that a model was compiled with, as pairs of a path in its output and a loss.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,27 @@ def track(optimizer, variable):
     subclass of that; an attribute would come in another order, so that saved states did not fit.
     """
     optimizer._track_variable(variable)
+
+
+def layout_of_stacked(variable):
+    """The arguments by which `add_variable` splits W tensors like a variable as it is split.
+
+    Under `keras.distribution.ModelParallel`; none where it is whole on every device.
+
+    Expected: `_layout`, where there is a distribution a `TensorLayout` that names for each axis
+    the mesh's, or `None`; before Keras 3.13 or so it is JAX's own `NamedSharding`. Until Keras 3.8
+    `add_variable` takes none: there a window is whole on every device.
+    """
+    layout = getattr(variable, "_layout", None)
+    axes = getattr(layout, "axes", None) or getattr(layout, "spec", None) or ()
+    accepts = inspect.signature(keras.optimizers.Optimizer.add_variable).parameters
+    if not any(axes) or "layout" not in accepts:
+        return {}
+    if isinstance(layout, keras.distribution.TensorLayout):
+        return {"layout": keras.distribution.TensorLayout((None, *axes), layout.device_mesh)}
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return {"layout": NamedSharding(layout.mesh, PartitionSpec(None, *axes))}
 
 
 def unwrapped(optimizer):

@@ -7,8 +7,12 @@ from typing import Any
 
 import keras
 
-# The ways to per-example gradients.
-WAYS = ("auto", "layerwise", "double_backward", "vectorized_map")
+from keras_rgd._support.backends import ON_JAX
+
+# The ways to per-example gradients, on TensorFlow and on JAX.
+_ON_TENSORFLOW: tuple[str, ...] = ("layerwise", "double_backward", "vectorized_map")
+_ON_JAX: tuple[str, ...] = ("linearized",)
+WAYS = ("auto", *_ON_TENSORFLOW, *_ON_JAX)
 
 
 def check_way(per_example: Any, chunk_size: Any = None) -> None:
@@ -22,6 +26,17 @@ def check_way(per_example: Any, chunk_size: Any = None) -> None:
         raise ValueError(
             "`chunk_size` must be a positive integer, or None for the whole batch. "
             f"Received: chunk_size={chunk_size!r}"
+        )
+
+
+def check_way_is_here(per_example: str) -> None:
+    """Raise `ValueError` unless Keras's backend has a way; a saved model may name another's."""
+    here, other = (_ON_JAX, "tensorflow") if ON_JAX else (_ON_TENSORFLOW, "jax")
+    if per_example not in ("auto", *here):
+        raise ValueError(
+            f"On the {keras.backend.backend()} backend `per_example` must be "
+            f"{', '.join(map(repr, here))} or 'auto'. For {per_example!r} set "
+            f"KERAS_BACKEND={other}. Received: per_example={per_example!r}"
         )
 
 

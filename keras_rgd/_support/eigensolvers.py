@@ -220,7 +220,9 @@ def golub_kahan_top(
         v = [ops.divide_no_nan(x, alpha) for x in product]
         alphas = ops.slice_update(alphas, [step], ops.expand_dims(alpha, 0))
         betas = ops.slice_update(betas, [step], ops.expand_dims(beta, 0))
-        basis = ops.slice_update(basis, [step, 0], ops.expand_dims(u, 0))
+        # Indices of one dtype: 0 alone is an int64 where JAX has those.
+        row = [step, ops.zeros_like(step)]
+        basis = ops.slice_update(basis, row, ops.expand_dims(u, 0))
         return step + 1, alphas, betas, basis, v, now, top(alphas, betas)
 
     zeros, step = ops.zeros([max_steps], dtype), ops.ones([], "int32")

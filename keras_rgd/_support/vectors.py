@@ -8,6 +8,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from keras import ops
 
+# Tensors with fewer entries are looked at together, as hundreds of biases would be hundreds of
+# operations. Joining larger ones would cost more than it saves.
+SMALL = 2**13
+
 # A tensor of whichever backend runs Keras; a vector in weight space.
 Tensor: TypeAlias = Any
 Vector: TypeAlias = list[Tensor]
@@ -57,12 +61,28 @@ def inner(a: Vector, b: Vector) -> Tensor:
     return sum(ops.sum(x * y) for x, y in zip(a, b, strict=True))
 
 
-def norm(a: Vector) -> Tensor:
-    """Euclidean norm, safe where the squares of the entries leave the range of the dtype."""
-    each = [largest_of(x) for x in a]
-    largest = each[0] if len(each) == 1 else ops.max(ops.stack(each))
-    unit = ops.where(largest > 0, largest, ops.ones_like(largest))
+def norm(a: Vector, size: Tensor | None = None) -> Tensor:
+    """Euclidean norm, safe where the squares of the entries leave the range of the dtype.
+
+    Args:
+        a: a list of tensors.
+        size: a number of about the size of its largest entry, within a factor of 1e15, or 0.
+            Defaults to `None`: it is looked for, by one more pass over the entries.
+    """
+    a = _few(a)
+    if size is None:
+        each = [largest_of(x) for x in a]
+        size = each[0] if len(each) == 1 else ops.max(ops.stack(each))
+    unit = ops.where(size > 0, size, ops.ones_like(size))
     return unit * ops.sqrt(sum(ops.sum(ops.square(x / unit)) for x in a))
+
+
+def _few(a):
+    """The entries of a vector in fewer tensors: each reduction is an operation, or a kernel."""
+    known = [SMALL if None in (shape_of(x) or [None]) else size([x]) for x in a]
+    small = [ops.reshape(x, [n]) for x, n in zip(a, known, strict=True) if n < SMALL]
+    large = [x for x, n in zip(a, known, strict=True) if n >= SMALL]
+    return [*large, ops.concatenate(small)] if len(small) > 1 else list(a)
 
 
 def largest_of(x: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class Passes:
         total, left = np.zeros((x.shape[1], self.d)), np.zeros(x.shape[1])
         for gradients in self.gradients(what):
             factors, sums = gradients.images(v, shift)
-            left += np.sum(factors, axis=1, dtype=np.float64)
+            left += np.sum(np.asarray(factors), axis=1, dtype=np.float64)
             total += np.concatenate([np.reshape(t, (x.shape[1], -1)) for t in sums], axis=1)
         # What the shift left of the mean by rounding.
         total -= np.outer(left, self.mean)
@@ -157,7 +157,7 @@ class Passes:
         size = None if self._training else few
         squares = 0.0
         for gradients in self.gradients("trace", batch_size=size):
-            squares += float(np.sum(gradients.squares(center), dtype=np.float64))
+            squares += float(np.sum(np.asarray(gradients.squares(center)), dtype=np.float64))
         return squares / self.n
 
     @property

@@ -18,7 +18,7 @@ from keras_rgd._support import arguments
 from keras_rgd._support.batches import Batches
 from keras_rgd.dataset_spectrum import methods
 from keras_rgd.dataset_spectrum.passes import Passes
-from keras_rgd.per_example.measuring import as_batch, way_for
+from keras_rgd.per_example.measuring import as_batch, check_smaller_batches, way_for
 from keras_rgd.records import Spectrum
 from keras_rgd.records import values as values_of
 
@@ -108,7 +108,7 @@ def spectrum(
     first = as_batch(model, *batches.first(max(batch_size, 2)))
     way = way_for(model, first, training=training, per_example=per_example, precise=False)
     if first.size > 1:
-        ways.check_smaller_batches(model, first)
+        check_smaller_batches(model, first)
     passes = Passes(model, batches, way, training, verbose)
     if k is not None and k > min(passes.n, passes.d):
         raise ValueError(
@@ -137,6 +137,7 @@ def spectrum(
         mode="training" if training else "evaluation",
         method=method,
         per_example=passes.way,
+        products_dtype=passes.dtype.name,
         seconds=time.perf_counter() - started,
     )
 

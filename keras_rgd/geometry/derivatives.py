@@ -15,7 +15,7 @@ from keras_rgd._support import vectors
 from keras_rgd.per_example.gradients import working_dtype
 from keras_rgd.per_example.losses import ExampleLosses
 from keras_rgd.per_example.memory import remembered
-from keras_rgd.per_example.traces import specs_of, with_any_size
+from keras_rgd.per_example.traces import with_any_size
 
 _HALF = {"float16", "bfloat16"}
 _LOOPS = {"While", "StatelessWhile"}
@@ -54,7 +54,7 @@ class Derivatives:
 
     def __init__(self, model, batch, often=False):
         operations = remembered(model, "derivatives", lambda: _Operations(model))
-        key = ("derivatives", with_any_size(specs_of(batch)).signature)
+        key = ("derivatives", with_any_size(batch.specs()).signature)
         has_loops = remembered(model, key, lambda: operations.check(batch))
         self.weights, self.dtype = operations.weights, operations.dtype
         self._batch = batch

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_rgd._support.arguments import check_way, is_count, is_real
+from keras_rgd._support.backends import ON_JAX, check_float64
 from keras_rgd.epsilon import Fixed, Rule
 
 WINDOW_DTYPES = ("bfloat16", "float32", "float64")
@@ -27,11 +28,16 @@ In a training loop of your own:
     optimizer.apply_direction(optimizer.direction(gradients), model.trainable_variables)"""
 
 
+_ON_JAX = """
+On JAX Keras takes the weights out of a model while it trains, and an error in the first step \
+leaves it without them: build this model anew, or load it."""
+
+
 class NotADirectionError(ValueError):
     """`RGD` without a window was handed a gradient where it needs a direction."""
 
     def __init__(self):
-        super().__init__(_ORDINARY_MODEL)
+        super().__init__(_ORDINARY_MODEL + (_ON_JAX if ON_JAX else ""))
 
 
 def check_momentum(momentum: Any, nesterov: Any) -> None:
@@ -77,11 +83,12 @@ def checked_window_dtype(size: Any, dtype: Any, batch_size: Any, rule: Rule) -> 
                     f"`{name}` needs a `window`. Received: {name}={value!r}, no window"
                 )
         backend = keras.backend.backend()
-        if backend != "tensorflow":
+        if backend not in ("tensorflow", "jax"):
             raise ValueError(
                 "RGD without `window` takes D from the gradients of the batch's examples, which "
-                "needs the TensorFlow backend of Keras. Write keras_rgd.RGD(..., window=32), or "
-                f"set KERAS_BACKEND=tensorflow. Received: window=None, backend {backend!r}"
+                "needs the TensorFlow or the JAX backend of Keras. Write keras_rgd.RGD(..., "
+                "window=32), or set KERAS_BACKEND=tensorflow or jax. Received: window=None, "
+                f"backend {backend!r}"
             )
         return None
     if not is_count(size) or size < 2:
@@ -98,6 +105,7 @@ def checked_window_dtype(size: Any, dtype: Any, batch_size: Any, rule: Rule) -> 
             f"`window_dtype` must be one of {', '.join(map(repr, WINDOW_DTYPES))}, or None for the "
             f"weights' dtype. Received: window_dtype={dtype!r}"
         )
+    check_float64(dtype_name, "A window")
     if batch_size is not None and not is_count(batch_size):
         raise ValueError(
             f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"

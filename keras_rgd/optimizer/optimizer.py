@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rgd import epsilon as epsilon_rules
@@ -49,15 +50,17 @@ class RGD(keras_optimizers.DirectedOptimizer):
             "vectorized_map", or "auto", the cheapest that is exact for the model: "layerwise"
             where the traced graph shows that no example enters another's loss, else
             "double_backward". `print(optimizer.per_example_choice)` says after the first step
-            which it was and why. Defaults to `"auto"`.
-        chunk_size: how many examples' gradients "vectorized_map" holds at once; `None` for the
-            whole batch. Defaults to `None`.
-        microbatch_size: how many examples are differentiated together. A batch, which may be the
-            whole data set (`fit(batch_size=N)`: Eq. 10 as a deterministic system), is then taken
-            in pieces: one pass over them for v, and one for D v and M_x, up to eight until M_x's
-            residual is a tenth of it. M_x is then an estimate, from an iteration that goes on from
-            step to step, times 1.2, or 1.5 where one pass was not enough. No example may enter
-            another's loss. Defaults to `None`, batches are taken whole.
+            which it was and why. On JAX there is one, "linearized". Defaults to `"auto"`.
+        chunk_size: how many examples' gradients "vectorized_map" holds at once, `None` for the
+            whole batch; on JAX, how many a Gram matrix may hold, which then bounds M_x, `None` for
+            an estimate. Defaults to `None`.
+        microbatch_size: how many examples are differentiated together, on TensorFlow. A batch,
+            which may be the whole data set (`fit(batch_size=N)`: Eq. 10 as a deterministic
+            system), is then taken in pieces: one pass over them for v, and one for D v and M_x, up
+            to eight until M_x's residual is a tenth of it. M_x is then an estimate, from an
+            iteration that goes on from step to step, times 1.2, or 1.5 where one pass was not
+            enough. No example may enter another's loss. Defaults to `None`, batches are taken
+            whole.
         window: W, how many mini-batch gradients D is taken from, at least 2, the current one among
             them: D = |B| / (W - 1) sum_t (v_t - vbar) (v_t - vbar)^T. Until two are stored the
             step is plain SGD's. They take W times the memory of the weights, and are saved with
@@ -162,6 +165,17 @@ class RGD(keras_optimizers.DirectedOptimizer):
         self.step_weak_field_error = self._values.step_weak_field_error
         self.epsilon_cuts = self._values.epsilon_cuts
         self.rounded_steps = self._values.rounded_steps
+
+    def load_own_variables(self, store: Any) -> None:
+        """As the parent's; a window that was saved split over devices loads whole, and back."""
+        values = {key: store[key] for key in store.keys()}
+        if self._window is not None and len(values) == len(self.variables):
+            rows = {id(row) for row in self._window.rows}
+            for i, variable in enumerate(self.variables):
+                value = values[str(i)]
+                if id(variable) in rows and tuple(value.shape) != tuple(variable.shape):
+                    values[str(i)] = np.reshape(value, variable.shape)
+        super().load_own_variables(values)
 
     def _add_shared(self, shape, dtype, name):
         # Every replica finds the same.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_rgd._support.backends import spec_of
 from keras_rgd._support.batches import as_array, check_dense, check_lengths
 
 
@@ -59,6 +60,10 @@ class Batch(NamedTuple):
         """What a trace depends on of a batch: shapes and dtypes, hashable."""
         leaves = keras.tree.flatten(tuple(self))
         return tuple(None if t is None else (str(t.shape), t.dtype) for t in leaves)
+
+    def specs(self) -> Batch:
+        """The same with the shape and dtype of each tensor in its place."""
+        return self.mapped(spec_of)
 
     @property
     def _first(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from keras_rgd._support.arguments import check_way_is_here
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.double_backward import double_backward_way
 from keras_rgd.per_example.layerwise import layerwise_way
@@ -43,6 +44,7 @@ def choose_way(
     Raises:
         ValueError: the way that was asked for is not exact for this model; names the layer.
     """
+    check_way_is_here(wanted.per_example)
     sizes = batch if sizes is None else sizes
     if batch is not None and not batch.size:
         batch = None  # no examples show nothing

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +17,9 @@ from keras import ops
 
 from keras_rgd._support import vectors
 from keras_rgd._support.vectors import Tensor, Vector
+
+# One chunk of gradients is held in memory; this is what it may take, in bytes.
+_CHUNK_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +51,23 @@ class PerExampleGradients(abc.ABC):
         gradient: v = grad L(1), a list of tensors shaped as the weights, of `dtype` as all others.
         gram_is_cheap: whether `gram` costs about what one pass over the examples costs,
             rather than N backward passes over the batch.
+        products_in_loops: whether `dot` and `combine` may stand in a loop of a compiled step, so
+            that a step can take as many products with D as it needs.
     """
 
     way: str
     gram_is_cheap: bool
+    products_in_loops = True
     n_examples: int | Tensor
     weights: list[Any]
     loss: Tensor
     y_pred: Any
     gradient: Vector
+
+    @property
+    def products_dtype(self) -> str:
+        """The dtype in which `gram` is computed: `dtype`, or a wider one."""
+        return self.dtype
 
     @property
     def dtype(self) -> str:
@@ -233,6 +244,12 @@ def working_dtype(weights: Iterable[Any]) -> str:
     """The widest floating dtype of variables, and at least float32, by its name."""
     dtypes = {keras.backend.standardize_dtype(w.dtype) for w in weights}
     return "float64" if "float64" in dtypes else "float32"
+
+
+def examples_that_fit(weights: Sequence[Any]) -> int:
+    """How many examples' gradients fit in the memory that is meant for them."""
+    entry = np.dtype(working_dtype(weights)).itemsize
+    return max(1, _CHUNK_BYTES // (entry * vectors.size(weights)))
 
 
 def centered(rows: Vector, center: Vector | None, unit: Any) -> Vector:

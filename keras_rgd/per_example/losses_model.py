@@ -1,7 +1,7 @@
 """A function that returns the losses of examples, as a model that has them: for the monitor."""
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 
 class LossesModel(keras.Model):
@@ -27,13 +27,19 @@ class LossesModel(keras.Model):
         """The variables that D is about."""
         return list(self.watched.trainable_variables if self._about is None else self._about)
 
+    @property
+    def non_trainable_variables(self):
+        """All others of the model that trains."""
+        about = {id(v) for v in self.trainable_variables}
+        return [v for v in self.watched.variables if id(v) not in about]
+
     def build(self, batch_shape=None):
         """Nothing: what `losses` calls builds itself."""
 
     def call(self, batch):
         """The losses, shape (N,); layers inside find out by themselves whether they train."""
-        losses = tf.convert_to_tensor(self._losses_of(batch))
-        if losses.shape.rank != 1:
+        losses = ops.convert_to_tensor(self._losses_of(batch))
+        if len(losses.shape) != 1:
             raise ValueError(
                 "`losses` must return one number for each example, shape (N,). "
                 f"Received: shape {tuple(losses.shape)}"
@@ -42,7 +48,7 @@ class LossesModel(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Their mean, each times its weight."""
-        return tf.reduce_mean(y_pred if sample_weight is None else y_pred * sample_weight)
+        return ops.mean(y_pred if sample_weight is None else y_pred * sample_weight)
 
 
 def as_given(x, y, sample_weight):

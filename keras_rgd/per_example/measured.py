@@ -1,41 +1,47 @@
-"""Per-example gradients outside a training step: each operation one graph function."""
+"""Per-example gradients outside a training step: each operation one compiled function."""
 
 import functools
 
-import tensorflow as tf
+from keras import ops
 
-from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
+from keras_rgd._support.backends import ON_TENSORFLOW
 from keras_rgd.per_example.way import Way
+
+if ON_TENSORFLOW:
+    from keras_rgd.per_example.compiled_on_tensorflow import compiled
+    from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients as Gradients
+else:
+    from keras_rgd.per_example.compiled_on_jax import compiled
+    from keras_rgd.per_example.gradients import PerExampleGradients as Gradients  # type: ignore
 
 _OPERATIONS = ("dot", "combine", "combine_many", "gram", "rows", "squares", "images")
 
 
-def measured(losses, way):
-    """A way inside a graph as one outside of it, with its operations as graph functions.
+def measured(model, weights, way, products_dtype=None, kind=None, more=()):
+    """A way inside a compiled function as one outside of it, each operation such a function.
 
     Each operation repeats the forward pass from the same seeds and moving statistics, and leaves
     them as they were.
 
     Args:
-        losses: the `ExampleLosses` that `way` is of.
+        model: the model.
+        weights: those that are trained.
         way: a `Way`.
+        products_dtype: the dtype in which `gram` is computed, where it is not that of the weights.
+            Defaults to `None`.
+        kind: the class of the result. Defaults to `None`, `Measured`.
+        more: names of more operations that the way has.
     """
-    start = _graph_function(_start, way)
-    operations = {name: _graph_function(_operate, way, name) for name in _OPERATIONS}
-
-    model, weights = losses.model, losses.weights
+    start = compiled(model, functools.partial(_start, way))
+    operations = {
+        name: compiled(model, functools.partial(_operate, way, name))
+        for name in (*_OPERATIONS, *more)
+    }
 
     def make(batch, loss_scale):
-        return Measured(model, weights, batch, way.name, start, operations)
+        return (kind or Measured)(weights, batch, way.name, start, operations, products_dtype)
 
     return Way(way.name, way.reason, make)
-
-
-def _graph_function(function, *arguments):
-    # TensorFlow counts retracing by code object: a partial has none, and is counted alone.
-    partial = functools.partial(function, *arguments)
-    return tf.function(partial, reduce_retracing=True, autograph=False)
 
 
 def _start(way, batch):
@@ -47,28 +53,31 @@ def _operate(way, name, batch, *arguments):
     return getattr(way(batch), name)(*arguments)
 
 
-class Measured(TensorFlowGradients):
-    """One batch's per-example gradients, each operation a graph function of the batch.
+class Measured(Gradients):
+    """One batch's per-example gradients, each operation a compiled function of the batch.
 
     Args:
-        model: the model.
         weights: those that are trained.
         batch: a `Batch`.
         way: the name of the way.
-        start: the graph function from a batch to what all operations share.
-        operations: the graph functions of the operations, by their names.
+        start: the function from a batch to what all operations share.
+        operations: the functions of the operations, by their names.
+        products_dtype: as in `measured`.
     """
 
-    def __init__(self, model, weights, batch, way, start, operations):
+    def __init__(self, weights, batch, way, start, operations, products_dtype=None):
+        self._products_dtype = products_dtype
         self.way, self.gram_is_cheap = way, way == "layerwise"
-        self._model, self._batch = model, batch
-        self._start, self._operations = start, operations
+        self._batch, self._start, self._operations = batch, start, operations
         self.weights, self.n_examples = weights, batch.size
+
+    @property
+    def products_dtype(self):
+        return self._products_dtype or self.dtype
 
     @functools.cached_property
     def _started(self):
-        with unchanged(self._model):
-            return self._start(self._batch)
+        return self._start(self._batch)
 
     @property
     def loss(self):
@@ -86,20 +95,19 @@ class Measured(TensorFlowGradients):
         return self._started[3]
 
     def _run(self, name, *arguments):
-        with unchanged(self._model):
-            return self._operations[name](self._batch, *arguments)
+        return self._operations[name](self._batch, *arguments)
 
     def _dot(self, v):
         return self._run("dot", list(v))
 
     def _combine(self, w):
-        return self._run("combine", tf.cast(w, self.dtype))
+        return self._run("combine", ops.cast(w, self.dtype))
 
     def combine_many(self, w):
-        return self._run("combine_many", tf.cast(w, self.dtype))
+        return self._run("combine_many", ops.cast(w, self.dtype))
 
     def gram(self, center=None, unit=1.0):
-        return self._run("gram", center, tf.cast(unit, self.dtype))
+        return self._run("gram", center, ops.cast(unit, self.dtype))
 
     def rows(self):
         return self._run("rows")
@@ -108,4 +116,4 @@ class Measured(TensorFlowGradients):
         return self._run("squares", list(center))
 
     def images(self, v, shift):
-        return self._run("images", list(v), tf.cast(shift, self.dtype))
+        return self._run("images", list(v), ops.cast(shift, self.dtype))

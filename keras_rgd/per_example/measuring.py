@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_rgd._support import vectors
-from keras_rgd._support.arguments import check_model, check_way
+from keras_rgd._support.arguments import check_model, check_way, check_way_is_here
+from keras_rgd._support.backends import ON_TENSORFLOW
 from keras_rgd.per_example.batch import Batch, mapped
-from keras_rgd.per_example.double_backward import double_backward_way
-from keras_rgd.per_example.gradients import working_dtype
-from keras_rgd.per_example.layerwise import layerwise_way
-from keras_rgd.per_example.layerwise.check import check_layerwise
-from keras_rgd.per_example.layerwise.options import LayerwiseOptions
-from keras_rgd.per_example.losses import ExampleLosses
-from keras_rgd.per_example.measured import measured
 from keras_rgd.per_example.memory import remembered
-from keras_rgd.per_example.not_exact import NotExactError
-from keras_rgd.per_example.state import unchanged
-from keras_rgd.per_example.traces import specs_of
-from keras_rgd.per_example.vectorized_map import (
-    VectorizedMap,
-    one_by_one,
-    rows_function,
-    vectorized,
-)
-from keras_rgd.per_example.vectorized_map_checks import (
-    check_one_at_a_time,
-    check_vectorized_map,
-    error_of_trial,
-)
 from keras_rgd.per_example.way import Way
 
-# One chunk of gradients is held in memory; this is what it may take, in bytes.
-_CHUNK_BYTES = 2**30
+if ON_TENSORFLOW:
+    from keras_rgd.per_example.measuring_on_tensorflow import choose_measuring_way
+    from keras_rgd.per_example.smaller_batches import check_smaller_batches
+else:
+    from keras_rgd.per_example.measuring_on_jax import check_smaller_batches, choose_measuring_way
+
+__all__ = ["as_batch", "check_measurable", "check_smaller_batches", "way_for"]
 
 
 def way_for(
@@ -73,76 +55,13 @@ def way_for(
     if not model.trainable_variables:
         raise ValueError(f"Model '{model.name}' has no trainable weights, so it has no D.")
     check_way(per_example, chunk_size)
+    check_way_is_here(per_example)
 
     def choose() -> Way:
-        losses = ExampleLosses(model, training)
-        return _chosen(losses, batch, per_example, chunk_size, precise)
+        return choose_measuring_way(model, batch, training, per_example, chunk_size, precise)
 
     key = (way_for, training, per_example, chunk_size, precise, batch.signature)
     return remembered(model, key, choose)
-
-
-def _chosen(
-    losses: ExampleLosses,
-    batch: Batch,
-    per_example: str,
-    chunk_size: int | None,
-    precise: bool,
-) -> Way:
-    specs = specs_of(batch)
-    if per_example == "layerwise":
-        return _layerwise(losses, batch, specs, precise)
-    if chunk_size is None:
-        chunk_size = _examples_that_fit(losses)
-    if per_example == "auto":
-        try:
-            return _layerwise(losses, batch, specs, precise)
-        except NotExactError as error:
-            return _without_layerwise(losses, batch, specs, chunk_size, error.reason)
-    if per_example == "vectorized_map":
-        check_vectorized_map(losses, specs, batch)
-        return _one_at_a_time(losses, per_example, "as asked for", chunk_size)
-    return measured(losses, double_backward_way(losses, "as asked for", chunk_size))
-
-
-def _layerwise(losses: ExampleLosses, batch: Batch, specs: Batch, precise: bool) -> Way:
-    options = LayerwiseOptions(n=batch.size, precise=precise)
-    repeats = check_layerwise(losses, specs, options, batch).repeats
-    options = LayerwiseOptions(n=batch.size, precise=precise, repeats=repeats)
-    return measured(losses, layerwise_way(losses, options, "examples do not mix"))
-
-
-def _without_layerwise(
-    losses: ExampleLosses, batch: Batch, specs: Batch, chunk_size: int, reason: str
-) -> Way:
-    """The way where "layerwise" is not exact, for a reason."""
-    try:
-        check_one_at_a_time(losses, specs, batch)
-        error = error_of_trial(losses, batch)
-    except NotExactError:
-        return measured(losses, double_backward_way(losses, reason, chunk_size))
-    name = "vectorized_map" if error is None else "one_by_one"
-    return _one_at_a_time(losses, name, reason, chunk_size)
-
-
-def _one_at_a_time(losses: ExampleLosses, name: str, reason: str, chunk_size: int) -> Way:
-    """One example after the other, each run of the model a graph function."""
-    rows = rows_function(losses, one_by_one if name == "one_by_one" else vectorized)
-    make = functools.partial(VectorizedMap, losses, rows=rows, way=name)
-
-    def measure(batch: Batch, loss_scale: Any) -> VectorizedMap:
-        whole = chunk_size >= batch.size
-        with unchanged(losses.model):
-            return make(batch, loss_scale, chunk_size=None if whole else chunk_size)
-
-    return Way(name, reason, measure)
-
-
-def _examples_that_fit(losses: ExampleLosses) -> int:
-    """How many examples' gradients fit in the memory that is meant for them."""
-    weights = losses.weights
-    entry = np.dtype(working_dtype(weights)).itemsize
-    return max(1, _CHUNK_BYTES // (entry * vectors.size(weights)))
 
 
 def check_measurable(model: keras.Model) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from keras_rgd._support.arguments import check_model, check_training
+from keras_rgd._support.backends import ON_TENSORFLOW
 from keras_rgd.per_example.batch import Batch
-from keras_rgd.per_example.double_backward import DoubleBackward
 from keras_rgd.per_example.gradients import PerExampleGradients
-from keras_rgd.per_example.losses import ExampleLosses
 
 
 def per_example_gradients(
@@ -43,7 +42,7 @@ def per_example_gradients(
         raise ValueError(
             f"Model '{model.name}' is not built, so it has no weights. Call it on data first."
         )
-    batch = Batch(x, y, sample_weight).mapped(tf.convert_to_tensor)
+    batch = Batch(x, y, sample_weight).mapped(ops.convert_to_tensor)
     check_training(training)
     sizes = (Batch(part).known_size for part in batch if part is not None)
     lengths = {size for size in sizes if size is not None}
@@ -52,4 +51,11 @@ def per_example_gradients(
             "Inputs, targets and sample weights must have one axis 0, of the examples. Received: "
             f"lengths {sorted(lengths)}"
         )
-    return DoubleBackward(ExampleLosses(model, training), batch)
+    if ON_TENSORFLOW:
+        from keras_rgd.per_example.double_backward import DoubleBackward
+        from keras_rgd.per_example.losses import ExampleLosses
+
+        return DoubleBackward(ExampleLosses(model, training), batch)
+    from keras_rgd.per_example.linearized import linearized_way
+
+    return linearized_way(model, training)(batch)

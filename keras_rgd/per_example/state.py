@@ -6,18 +6,23 @@ import numpy as np
 
 from keras_rgd._keras import models as keras_models
 from keras_rgd._keras.models import layers_of, recurrent_states
+from keras_rgd._support.backends import ON_TENSORFLOW
 
 
 @contextlib.contextmanager
 def unchanged(model):
     """Whatever runs inside, the model's weights, states and metrics end as they began."""
-    # A tensor read from a variable is no copy; an assignment gives the variable a new one.
-    before = [(v, v.value.read_value()) for v in state_of(model)]
+    before = [(v, _read(v)) for v in state_of(model)]
     try:
         yield
     finally:
         for variable, value in before:
             variable.assign(value)
+
+
+def _read(variable):
+    # A tensor read from a variable is no copy; an assignment gives the variable a new one.
+    return variable.value.read_value() if ON_TENSORFLOW else variable.value
 
 
 def changeable(model):
@@ -43,25 +48,23 @@ def seed_generators(model):
     return list(dict.fromkeys(generators))
 
 
-def layers_that_change_state(losses, x, concerns=lambda variable: True):
+def layers_that_change_state(model, forward, concerns=lambda variable: True):
     """The layers that change a variable in a forward pass, which is undone.
 
     Args:
-        losses: the `ExampleLosses` of a model.
-        x: inputs.
+        model: the model.
+        forward: a function without arguments that runs it.
         concerns: which variables count, a function of one. Defaults to all.
     """
-    variables = [v for v in state_of(losses.model) if concerns(v)]
+    variables = [v for v in state_of(model) if concerns(v)]
     before = [v.numpy() for v in variables]
-    with unchanged(losses.model):
-        losses.forward(x)
+    with unchanged(model):
+        forward()
         after = [v.numpy() for v in variables]
     changed = {
         id(v) for v, a, b in zip(variables, before, after, strict=True) if not np.array_equal(a, b)
     }
-    owners = [
-        layer for layer in layers_of(losses.model) if changed & {id(v) for v in _own_state(layer)}
-    ]
+    owners = [layer for layer in layers_of(model) if changed & {id(v) for v in _own_state(layer)}]
     # A container holds its layers' variables too; the innermost owner is the one to name.
     return [a for a in owners if not any(b is not a and b in layers_of(a) for b in owners)]
 

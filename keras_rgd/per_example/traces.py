@@ -6,11 +6,6 @@ import gc
 import tensorflow as tf
 
 
-def specs_of(batch):
-    """A `Batch` of tensors as one of a `tf.TensorSpec` each."""
-    return batch.mapped(lambda t: tf.TensorSpec(t.shape, t.dtype))
-
-
 def with_any_size(specs):
     """Specs of a batch of any number of examples."""
     return specs.mapped(lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype))

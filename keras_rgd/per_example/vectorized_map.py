@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_rgd._support import vectors
 from keras_rgd.per_example.gradients import centered, gram_of_rows, products
-from keras_rgd.per_example.losses import what_losses_read
+from keras_rgd.per_example.loss_weights import what_losses_read
 from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 from keras_rgd.per_example.way import Way
 

@@ -53,7 +53,7 @@ def check_one_at_a_time(losses, specs, batch=None, sizes=None):
         raise NotExactError("An input is None, which no example has a part of.", _ADVICE)
     if batch is not None:
         x = batch.first(_EXAMPLES).x if takes_any_size(model) else batch.x
-        changed = layers_that_change_state(losses, x)
+        changed = layers_that_change_state(losses.model, lambda: losses.forward(x))
         if changed:
             raise NotExactError(
                 f"Layer {named(changed)} draws random numbers or updates a state in each forward "

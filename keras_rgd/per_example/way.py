@@ -9,13 +9,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import keras
-
 from keras_rgd._keras.models import layers_of
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import PerExampleGradients
-from keras_rgd.per_example.losses import ExampleLosses
-from keras_rgd.per_example.traces import specs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ class StepWays:
     by a way that is not exact for it any more.
 
     Args:
-        model: the model.
+        losses: the `ExampleLosses` of the model in training mode.
         wanted: a `Wanted`.
         choose_way: the function `keras_rgd.per_example.choose_way`, whose ways are made of `Way`.
         told: a function of the `Way`, called where it is another than before.
@@ -76,8 +72,8 @@ class StepWays:
         last: the `Way` chosen last, `None` at first.
     """
 
-    def __init__(self, model: keras.Model, wanted: Wanted, choose_way: Callable, told: Callable):
-        self._losses, self._wanted = ExampleLosses(model, training=True), wanted
+    def __init__(self, losses: Any, wanted: Wanted, choose_way: Callable, told: Callable):
+        self._losses, self._wanted = losses, wanted
         self._choose_way, self._told = choose_way, told
         self.last: Way | None = None
         self._sizes: Batch | None = None
@@ -94,7 +90,7 @@ class StepWays:
         if wanted.per_example == "auto" and self.last and self.last.name == "double_backward":
             wanted = dataclasses.replace(wanted, per_example="double_backward")
         if batch is not None:
-            self._sizes = specs_of(batch)
+            self._sizes = batch.specs()
         way = self._choose_way(self._losses, wanted, specs, batch, self._sizes)
         if self.last is None or way.name != self.last.name:
             self.last = way
@@ -107,7 +103,7 @@ class StepWays:
 
         Its way is chosen anew where the step is another than was asked about.
         """
-        way = self._ways.get(self._key(batch)) or self.choose(specs_of(batch))
+        way = self._ways.get(self._key(batch)) or self.choose(batch.specs())
         return way(batch, loss_scale)
 
     def _key(self, batch: Batch) -> tuple:

@@ -64,6 +64,7 @@ class DiffusionRecord:
     step_lambda_max: float = math.nan  # M_x as the last step saw it, a bound or with a margin
     window_cosine: float = math.nan  # of D v by the window and D v as measured, v the gradient
     window_rank: int | None = None  # of the window's D, at most W - 1; None without a window
+    products_dtype: str | None = None  # of the inner products that D is made of; None before 0.2
 
     def __post_init__(self):
         self.eigenvalues.flags.writeable = False

@@ -41,6 +41,7 @@ class Spectrum:
     method: str  # "gram", "covariance" or "iterative"
     per_example: str  # how the gradients were had
     seconds: float
+    products_dtype: str | None = None  # of the inner products that D is made of; None before 0.2
 
     def __post_init__(self):
         self.eigenvalues.flags.writeable = False

@@ -28,7 +28,7 @@ SHAPES = [(4, 3), (3,), (5, 3), (1,)]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     # Two of SHAPES alone, and two together.
-    monkeypatch.setattr("keras_rgd.window._SMALL", 12)
+    monkeypatch.setattr("keras_rgd._support.vectors.SMALL", 12)
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
     yield
@@ -493,23 +493,32 @@ def test_D_needs_two_gradients():
         optimizer.diffusion_matrix()
 
 
-on_tensorflow = keras.backend.backend() == "tensorflow"
+BACKEND = keras.backend.backend()
+MISSING = {
+    "tensorflow": [],
+    "jax": ["geometry"],
+    "torch": ["RGDSequential", "DiffusionMonitor", "spectrum", "geometry"],
+}[BACKEND]
 
 
-@pytest.mark.skipif(on_tensorflow, reason="they are there on TensorFlow")
-@pytest.mark.parametrize("name", ["RGDSequential", "DiffusionMonitor", "spectrum", "geometry"])
-def test_what_needs_tensorflow_says_so_by_name(name):
-    with pytest.raises(ImportError, match=f"keras_rgd.{name} needs the TensorFlow backend"):
+@pytest.mark.parametrize("name", MISSING)
+def test_what_another_backend_has_says_so_by_name(name):
+    needed = "TensorFlow" if name == "geometry" else "TensorFlow or the JAX"
+    with pytest.raises(ImportError, match=f"keras_rgd.{name} needs the {needed} backend"):
         getattr(keras_rgd, name)
     assert name not in keras_rgd.__all__
 
 
-@pytest.mark.skipif(on_tensorflow, reason="it is for TensorFlow")
-def test_gradients_of_examples_need_tensorflow():
-    with pytest.raises(ValueError, match=r"RGD\(..., window=32\)"):
-        keras_rgd.RGD()
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="it is for TensorFlow")
+def test_choosing_a_way_needs_tensorflow():
     with pytest.raises(ImportError, match="keras_rgd.per_example.choose_way needs"):
         per_example.choose_way  # noqa: B018
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="there they are")
+def test_gradients_of_examples_need_another_backend():
+    with pytest.raises(ValueError, match=r"RGD\(..., window=32\).*tensorflow or jax"):
+        keras_rgd.RGD()
 
 
 def test_another_name_is_no_name():

@@ -57,7 +57,7 @@ class Program:
             model(self.batches()[0][0])
         rng = np.random.default_rng(2)
         for w in model.trainable_variables:
-            w.assign(w.numpy() + 0.1 * rng.normal(size=w.shape).astype("float32"))
+            w.assign(ops.convert_to_numpy(w) + 0.1 * rng.normal(size=w.shape).astype("float32"))
         return model
 
     def compile(self, model, optimizer):
@@ -401,7 +401,7 @@ def next_words(batch_size):
     vectorize = L.TextVectorization(vocabulary=WORDS, output_sequence_length=T + 1)
 
     def shift(text):
-        tokens = vectorize(ops.expand_dims(text, -1))
+        tokens = vectorize(tf.expand_dims(text, -1))
         return tokens[:, :-1], tokens[:, 1:]
 
     return tf.data.Dataset.from_tensor_slices(_sentences(T + 1, T + 1)).batch(batch_size).map(shift)
@@ -452,7 +452,7 @@ def _captchas():
     def encode(image, text):
         encoded = lookup(tf.strings.unicode_split(text, input_encoding="UTF-8"))
         # Time is the width of the image.
-        return ops.transpose(image, (1, 0, 2)), tf.ensure_shape(encoded, (3,))
+        return tf.transpose(image, (1, 0, 2)), tf.ensure_shape(encoded, (3,))
 
     return tf.data.Dataset.from_tensor_slices((images, letters)).map(encode)
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-TESTS = pathlib.Path(__file__).parents[1] / "any_backend"
+FOLDER = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -21,13 +21,24 @@ def test_what_runs_anywhere_runs_on(backend):
     optional = backend == "torch" and not os.environ.get("CI")
     if optional and importlib.util.find_spec(backend) is None:
         pytest.skip(f'{backend} is not installed: python -m pip install -e ".[backends]"')
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-q", str(TESTS)]
+    assert passed("any_backend", KERAS_BACKEND=backend) > 40
+
+
+# Four devices, of which the CPU is each.
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+
+
+@pytest.mark.parametrize("options", [DEVICES, {"JAX_ENABLE_X64": "1"}], ids=["float32", "float64"])
+def test_rgd_by_examples_runs_on_jax(options):
+    assert passed("on_jax", KERAS_BACKEND="jax", **options) > 80
+
+
+def passed(folder, **environment):
+    """How many tests of a folder pass in a process of their own, where none fails."""
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q"]
+    command += ["-o", "addopts=", "-o", f"pythonpath={FOLDER}", str(FOLDER / folder)]
     done = subprocess.run(
-        command,
-        env={**os.environ, "KERAS_BACKEND": backend},
-        capture_output=True,
-        text=True,
-        check=False,
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
+    return int(re.search(r"(\d+) passed", done.stdout)[1])

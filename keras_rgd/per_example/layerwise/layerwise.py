@@ -19,7 +19,8 @@ from keras_rgd.per_example.layerwise.forms import ROW_ENTRIES
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
-from keras_rgd.per_example.losses import replaced, what_losses_read
+from keras_rgd.per_example.loss_weights import what_losses_read
+from keras_rgd.per_example.losses import replaced
 from keras_rgd.per_example.tensorflow_gradients import TensorFlowGradients
 from keras_rgd.per_example.way import Way
 

@@ -15,7 +15,8 @@ from keras_rgd._keras.graphs import handles_in, new_graph, placeholder
 from keras_rgd.per_example.batch import Batch, mapped
 from keras_rgd.per_example.layer_calls import calls, named
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
-from keras_rgd.per_example.losses import replaced, what_losses_read
+from keras_rgd.per_example.loss_weights import what_losses_read
+from keras_rgd.per_example.losses import replaced
 from keras_rgd.per_example.mixing import arithmetic_rules, arrangement_rules
 from keras_rgd.per_example.mixing.additive import not_additive
 from keras_rgd.per_example.mixing.following import Cause, Follower, Found
