@@ -1,8 +1,9 @@
 """How often eps is 1/M_x and more, M_x of the batch's D or of the data set's.
 
 With "double_backward" the largest eigenvalue M_x of each batch's D is estimated, and eps * M_x < 1
-can be missed; so it is for a batch in pieces. This trains on the 8x8 digits that scikit-learn
-ships, decomposes the Gram matrix of every batch besides, and prints how often and by how much.
+can be missed; so it is with "linearized" (KERAS_BACKEND=jax) and for a batch in pieces. This trains
+on the 8x8 digits that scikit-learn ships, decomposes the Gram matrix of every batch besides, and
+prints how often and by how much.
 
     python benchmarks/epsilon_misses.py
     python benchmarks/epsilon_misses.py --models mlp cnn --batch-sizes 64 1797 --microbatch-size 32
@@ -115,9 +116,8 @@ def products(name, epsilon, batch_size, learning_rate, steps, seed, microbatch_s
     """eps * M_x at each step of one training run, and how many steps iterated; numpy (steps,)."""
     keras.utils.set_random_seed(seed)
     images, labels = digits()
-    rgd = keras_rgd.RGD(
-        learning_rate, epsilon, per_example="double_backward", microbatch_size=microbatch_size
-    )
+    way = "linearized" if keras.backend.backend() == "jax" else "double_backward"
+    rgd = keras_rgd.RGD(learning_rate, epsilon, per_example=way, microbatch_size=microbatch_size)
     model = compiled(name, rgd)
     rng = np.random.default_rng(seed)
     way, result = None, []
@@ -125,8 +125,8 @@ def products(name, epsilon, batch_size, learning_rate, steps, seed, microbatch_s
         chosen = rng.choice(len(images), batch_size, replace=False)
         batch = as_batch(model, images[chosen], labels[chosen])
         way = way or way_for(model, batch, training=True)
-        top = keras_rgd.DiffusionMatrix(way(*batch)).top_eigenvalue()
-        model.train_on_batch(*batch[:2])
+        top = keras_rgd.DiffusionMatrix(way(batch)).top_eigenvalue()
+        model.train_on_batch(batch.x, batch.y)
         result.append(float(rgd.chosen_epsilon) * top)
     return np.array(result)
 

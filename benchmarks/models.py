@@ -27,8 +27,8 @@ class Benchmark:
         """A new model, the same weights each time."""
         keras.utils.set_random_seed(0)
         inputs = keras.Input(self.shape, dtype="int32" if self.tokens else None)
-        # On the other backends RGD has windows alone, for any model.
-        kind = keras_rgd.RGDModel if keras.backend.backend() == "tensorflow" else keras.Model
+        # On torch RGD has windows alone, for any model.
+        kind = keras.Model if keras.backend.backend() == "torch" else keras_rgd.RGDModel
         return kind(inputs, self.outputs(inputs))
 
     def data(self, count):

@@ -9,8 +9,9 @@ process that does nothing but this one fit, above what it held before it built t
     python -m pip install -e ".[bench]"
     python benchmarks/step_cost.py --csv step_cost.csv --plot step_cost.png
 
-Besides the models of `models.py`, "mlp-WIDTHxDEPTH" is one of any size. With KERAS_BACKEND=jax or
-torch the ways are "sgd" and "window-W"; JAX compiles with XLA, and torch's "graph" is eager.
+Besides the models of `models.py`, "mlp-WIDTHxDEPTH" is one of any size. With KERAS_BACKEND=jax the
+ways are "sgd", "window-W" and "linearized", compiled with XLA; with torch "sgd" and "window-W",
+and its "graph" is eager.
 """
 
 import argparse
@@ -26,8 +27,8 @@ import time
 
 import peers
 
-EXAMPLE_WAYS = ("layerwise", "double_backward", "vectorized_map")
-WAYS = ("sgd", "window-16", *EXAMPLE_WAYS)  # "window-W" for any W
+EXAMPLE_WAYS = ("layerwise", "double_backward", "vectorized_map", "linearized")
+WAYS = ("sgd", "window-16", *EXAMPLE_WAYS[:3])  # "window-W" for any W
 MODES = ("graph", "xla")
 PEERS = ("mlp", "cnn")  # the models that are written for them
 
@@ -171,7 +172,9 @@ def plot(rows, path):
 
 def a_way(text):
     """An argument of the command line: one of `WAYS`, "window-32" or "window-32-bfloat16"."""
-    if text not in WAYS and not re.fullmatch(r"window-\d+(-bfloat16|-float32|-float64)?", text):
+    if text not in (*WAYS, "linearized") and not re.fullmatch(
+        r"window-\d+(-bfloat16|-float32|-float64)?", text
+    ):
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(WAYS)}, or window-W or window-W-DTYPE, received {text}"
         )

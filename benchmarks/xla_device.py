@@ -9,6 +9,7 @@ outputs, which are saved beside them.
 """
 
 import argparse
+import hashlib
 import pathlib
 import re
 
@@ -16,6 +17,7 @@ import keras
 import models
 import numpy as np
 import tensorflow as tf
+from entries import drawn
 
 import keras_rgd
 from keras_rgd import per_example
@@ -66,12 +68,33 @@ def lowered(name, n, way):
 
 def check_portable(text):
     """Raise `ValueError` for a StableHLO text with what not every device's XLA compiles."""
-    operations = set(re.findall(r"stablehlo\.(\w+)", text))
+    operations = set(re.findall(r"stablehlo\.(\w+)", _without_static_sizes(text)))
     unportable = operations & {"custom_call", "infeed", "outfeed", "send", "recv"}
     unportable |= {name for name in operations if "dynamic" in name or name == "set_dimension_size"}
     unportable -= {"dynamic_slice", "dynamic_update_slice"}  # of fixed sizes, from any start
     if unportable:
         raise ValueError(f"The step calls out of XLA or has open shapes: {sorted(unportable)}")
+
+
+def _without_static_sizes(text):
+    """The text without what sets a dimension to the size that it has; XLA drops it as well."""
+    kept = []
+    # A name stands for one thing in each function.
+    for function in re.split(r"(?=func\.func)", text):
+        sizes = dict(
+            re.findall(r"(%\w+) = stablehlo\.constant dense<(\d+)> : tensor<i32>", function)
+        )
+
+        def sets_another(match, sizes=sizes):
+            size, dimension, shape = match.groups()
+            static = shape.split("x")[int(dimension)] == sizes.get(size)
+            return "" if static else match.group()
+
+        pattern = (
+            r"stablehlo\.set_dimension_size %\w+, (%\w+), dim = (\d+) : \(tensor<([\dx]+)x\w+>"
+        )
+        kept.append(re.sub(pattern, sets_another, function))
+    return "".join(kept)
 
 
 def _value(captured, model, optimizer):
@@ -90,15 +113,22 @@ def _value(captured, model, optimizer):
 
 
 def save(folder, name, n, way):
-    """Write NAME_N_WAY.stablehlo and .npz into the folder."""
+    """Write NAME_N_WAY.stablehlo and .npz into the folder, and the inputs that steps share.
+
+    Of each output some entries, `drawn`, which is enough to compare with.
+    """
     module, inputs, outputs = lowered(name, n, way)
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "inputs").mkdir(parents=True, exist_ok=True)
+    names = []
+    for array in inputs:
+        kind = f"{array.dtype}{array.shape}".encode()
+        names.append(hashlib.sha256(kind + array.tobytes()).hexdigest()[:16])
+        np.save(folder / "inputs" / f"{names[-1]}.npy", array)
     stem = folder / f"{name}_{n}_{way}"
     stem.with_suffix(".stablehlo").write_bytes(module)
-    arrays = {f"in{i}": a for i, a in enumerate(inputs)}
-    arrays |= {f"out{i}": a for i, a in enumerate(outputs)}
-    np.savez(stem.with_suffix(".npz"), **arrays)
+    arrays = {f"out{i}": drawn(a) for i, a in enumerate(outputs)}
+    np.savez(stem.with_suffix(".npz"), inputs=names, **arrays)
     return stem
 
 
