@@ -30,7 +30,9 @@ DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
 @pytest.mark.parametrize("options", [DEVICES, {"JAX_ENABLE_X64": "1"}], ids=["float32", "float64"])
 def test_rgd_by_examples_runs_on_jax(options):
-    assert passed("on_jax", KERAS_BACKEND="jax", **options) > 80
+    # Half of the time is XLA's, for programs that run once; test_benchmarks.py has all it can do.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    assert passed("on_jax", KERAS_BACKEND="jax", **quick, **options) > 80
 
 
 def passed(folder, **environment):
