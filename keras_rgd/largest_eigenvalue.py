@@ -29,8 +29,8 @@ _GROWTH = 0.05
 
 # Without more products: what is taken, in units of the batch's own estimate, where that has more
 # than doubled; how the last one sinks from step to step where it has fallen; and how far above it
-# may be, and is at first. Of several hundred choices, replayed on the batches of docs/epsilon.md,
-# the one of the largest eps among those that miss no more often in any row than more products do.
+# may be, and is at first. Larger numbers make eps smaller and misses rarer, which docs/epsilon.md
+# counts with these.
 _RISEN, _SINKING, _FAR = 1.2, 0.75, 8.0
 
 # Where products are passes over a whole data set, the estimate stands with so small a residual.
