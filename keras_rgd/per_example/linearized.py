@@ -3,13 +3,13 @@
 f(weights) -> (L(1), f_1, ..., f_N) has a Jacobian that JAX pushes a vector forward through, which
 gives every <g_i, v> in about the work of one forward pass, and pulls one back through, which gives
 sum_i w_i g_i. One forward pass serves both, so it is exact also where examples mix, for the very
-Dropout masks of the step, and for recurrent layers; for any layer that JAX differentiates.
+Dropout masks of the step, and for recurrent layers; for any layer that JAX differentiates. Where
+examples do not mix both take fewer passes: `unmixed.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import keras
 from keras import ops
 
 from keras_rgd._keras.models import attribute_replaced, layers_of
-from keras_rgd._support import vectors
+from keras_rgd._support import jaxprs, vectors
 from keras_rgd._support.backends import check_float64
 from keras_rgd._support.vectors import Tensor, Vector
 from keras_rgd.per_example.batch import Batch
@@ -38,6 +38,7 @@ from keras_rgd.per_example.loss_weights import (
     check_scalar,
 )
 from keras_rgd.per_example.not_exact import NotExactError
+from keras_rgd.per_example.unmixed import unmixed
 from keras_rgd.per_example.way import Way
 
 # Rows of each example alone may differ from those in a batch by so many units of rounding.
@@ -62,8 +63,9 @@ def linearized_way(model: keras.Model, training: bool, chunk_size: int | None = 
 class Linearized(PerExampleGradients):
     """k = J v by pushing v forward, sum_i w_i g_i = J^T w by pulling w back, for one batch.
 
-    J holds the derivatives of f_i = N dL/du_i. A layer with a gradient of its own
-    (`jax.custom_vjp`) can only be pulled back through; k is then the derivative of the pullback.
+    J holds the derivatives of f_i = N dL/du_i. Where no example enters another's loss both go
+    through it in part only, see `unmixed`. A layer with a gradient of its own (`jax.custom_vjp`)
+    can only be pulled back through; k is then the derivative of the pullback.
 
     The forward pass reads the model's variables, and moves those that it changes (seeds, moving
     statistics), as Keras's does: inside a `keras.StatelessScope` those of the scope.
@@ -101,42 +103,54 @@ class Linearized(PerExampleGradients):
         self.n_examples = batch.size
         self._half = any(part.compute_dtype == "float16" for part in layers_of(model))
         self._scale = ops.cast(loss_scale, self.dtype)
-        self._losses = function = _Losses(model, training, weights_of_losses, batch, self._scale)
-        self._like, push, aux = jax.linearize(function, self.weights, has_aux=True)
-        self._pull = jax.linear_transpose(push, self.weights)
-        self._push = self._pushing(push)
+        self._losses = _Losses(model, training, weights_of_losses, batch, self._scale)
+        losses = self._losses.traced(self.weights)
+        self._like, push, aux = jax.linearize(losses, self.weights, has_aux=True)
         self.loss, self.y_pred, *states = aux
-        for variables, new in zip(function.states, states, strict=True):
+        for variables, new in zip(self._losses.states, states, strict=True):
             for variable, value in zip(variables, new, strict=True):
                 variable.assign(value)
-        self.gradient = self._pulled(1 / self._scale, ops.zeros_like(self._like[1]))
+        self.gradient = vectors.scale(self.cast(self._take_apart(push)), 1 / self._scale)
 
-    def _pulled(self, of_loss: Tensor, of_losses: Tensor) -> Vector:
-        cotangents = [
-            ops.cast(c, t.dtype) for c, t in zip((of_loss, of_losses), self._like, strict=True)
-        ]
-        return self.cast(self._pull(tuple(cotangents))[0])
+    def _take_apart(self, push: Any) -> Vector:
+        """Find how J v and J^T w are had; the scaled gradient v.
+
+        Args:
+            push: from v to the derivatives of r and of the f_i along v.
+
+        Raises:
+            NotExactError: there is no J v.
+        """
+        weights, n = self.weights, self.n_examples
+        one, ones = map(ops.ones_like, self._like)
+        jacobian = jax.make_jaxpr(lambda *v: push(list(v))[1])(*weights)
+        own = jaxprs.layers_of(jacobian, "custom_lin")
+        apart = None if own else unmixed(jacobian, n)
+        if apart is not None:
+            # In units of the cotangents of the batch's loss, which half precision can hold.
+            product = apart.linearized(weights, 1 / n)
+            self._push = lambda v: n * product.dot(v, self.dtype)
+            self._pull = lambda w: product.combine(n * w)
+            (rest,) = jax.linear_transpose(lambda v: push(v)[0], weights)(one)
+            return vectors.add(rest, product.combine(ones))
+        transposed = jax.linear_transpose(lambda v: push(v)[1], weights)
+        self._pull = lambda w: transposed(ops.cast(w, ones.dtype))[0]
+        self._push = self._pulled_twice(own) if own else lambda v: push(v)[1]
+        (gradient,) = jax.linear_transpose(push, weights)((one, ones / n))
+        return gradient
+
+    def _pulled_twice(self, layers: list[str]) -> Any:
+        """J v as the derivative of J^T w, where some layers can only be pulled back through."""
+        try:
+            _, back = jax.vjp(self._pull, ops.zeros_like(self._like[1]))
+        except Exception as error:  # each kernel has a class of its own
+            layers = ", ".join(f"'{name}'" for name in layers)
+            raise NotExactError(_NO_DERIVATIVE.format(layers=layers), _TURN_OFF) from error
+        return lambda v: back(v)[0]
 
     def _dot(self, v: Vector) -> Tensor:
         v = [ops.cast(t, w.dtype) for t, w in zip(v, self.weights, strict=True)]
         return ops.cast(self._push(v), self.dtype) / self._scale
-
-    def _pushing(self, push: Any) -> Any:
-        """The function from v to J v, where `push` also gives the loss's derivative along v.
-
-        Raises:
-            NotExactError: there is none.
-        """
-        own = _with_own_gradients(push, self.weights)
-        if not own:
-            return lambda v: push(v)[1]
-        zero, zeros = map(ops.zeros_like, self._like)
-        try:
-            _, back = jax.vjp(lambda w: self._pull((zero, w))[0], zeros)
-        except Exception as error:  # each kernel has a class of its own
-            layers = ", ".join(f"'{name}'" for name in own)
-            raise NotExactError(_NO_DERIVATIVE.format(layers=layers), _TURN_OFF) from error
-        return lambda v: back(v)[0]
 
     def _combine(self, w: Tensor) -> Vector:
         size = 1.0
@@ -144,8 +158,7 @@ class Linearized(PerExampleGradients):
             # Cotangents no larger than those of the batch's own loss: half precision overflows.
             size = self.n_examples * ops.max(ops.abs(w))
             w = ops.divide_no_nan(w, size)
-        pulled = self._pulled(ops.zeros((), self.dtype), w)
-        return vectors.scale(pulled, size / self._scale)
+        return vectors.scale(self.cast(self._pull(w)), size / self._scale)
 
     def _mapped(self, function: Any, given: Any, like: Any) -> Any:
         return jax.lax.map(function, given, batch_size=self._chunk_size)
@@ -182,7 +195,8 @@ class Linearized(PerExampleGradients):
 
         def one(example):
             function = self._losses.of(example.mapped(lambda t: t[None]))
-            gradient = jax.grad(lambda weights: function(weights)[0][1][0])(self.weights)
+            ones = ops.ones([1], self.dtype)
+            gradient = jax.grad(lambda weights: function(weights, ones)[0][1][0])(self.weights)
             return [t / self._scale for t in self.cast(gradient)]
 
         rows = jax.lax.map(one, some, batch_size=min(size, self._chunk_size or size))
@@ -197,7 +211,7 @@ class Linearized(PerExampleGradients):
 
 
 class _Losses:
-    """weights -> (L(1), f), both scaled; with the loss, the output and the new states beside.
+    """weights, u -> (L(u), f), both scaled; with the loss, the output and the new states beside.
 
     Attributes:
         model: the model.
@@ -218,8 +232,22 @@ class _Losses:
         """The same of another batch."""
         return _Losses(self.model, self._training, self._weights_of_losses, batch, self._scale)
 
-    def __call__(self, weights):
-        """((L(1), f), aux); f_i = N dL/du_i at u = 1."""
+    def traced(self, weights):
+        """The function from weights to (r, f) and what else there is, its Python code run once."""
+        jaxpr, like = jax.make_jaxpr(self, return_shape=True)(weights, self._ones)
+        structure = jax.tree.structure(like)
+
+        def losses(weights):
+            given = [*((w, w) for w in weights), (self._ones, jaxprs.ZERO)]
+            outputs = jaxprs.run_at_zero(jaxpr, given)
+            (loss, f), aux = jax.tree.unflatten(structure, [now for now, _ in outputs])
+            rest = outputs[0][1]
+            return (ops.zeros_like(loss) if rest is jaxprs.ZERO else rest, f), aux
+
+        return losses
+
+    def __call__(self, weights, u):
+        """((L(u), f), aux); f_i = N dL/du_i at u = 1."""
         model, batch = self.model, self.batch
         derivatives = []
 
@@ -228,7 +256,7 @@ class _Losses:
                 given = Batch(x, y, sample_weight)
                 call = functools.partial(compute_loss, **kwargs)
                 derivatives.append(self._by_example(call, given, y_pred))
-                weighted = self._weights_of_losses(given, y_pred, self._ones)
+                weighted = self._weights_of_losses(given, y_pred, u)
                 return call(x=x, y=y, y_pred=y_pred, sample_weight=weighted)
 
             return observed_compute_loss
@@ -281,30 +309,6 @@ second time, so that the gradients of the examples are not to be had through the
 _TURN_OFF = """\
 Turn the kernels off: keras.config.disable_flash_attention() for attention, use_cudnn=False for \
 LSTM and GRU. Or take keras_rgd.RGD(..., window=32), which needs one gradient alone."""
-
-
-def _with_own_gradients(push, weights):
-    """The layers that JAX cannot push vectors through, as they have a `jax.custom_vjp`."""
-    found = []
-
-    def look(jaxpr, outer):
-        for equation in jaxpr.eqns:
-            scope = [
-                *outer,
-                *re.findall(r"[\w.-]+(?=[)/]|$)", str(equation.source_info.name_stack)),
-            ]
-            if equation.primitive.name == "custom_lin":
-                found.append("/".join(scope))
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-                if _is_jaxpr(inner):
-                    look(getattr(inner, "jaxpr", inner), scope)
-
-    look(jax.make_jaxpr(push)(weights).jaxpr, [])
-    return list(dict.fromkeys(found))
-
-
-def _is_jaxpr(value):
-    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 def _depends(linear, u):
