@@ -13,6 +13,7 @@ from steps_on_jax import CROSSENTROPY, FLOAT64, TOLERANCE, X, Y, classifier, fit
 
 import keras_rgd
 from keras_rgd.epsilon import Fixed, Fraction, FractionOfMean, WeakField
+from keras_rgd.per_example import linearized, unmixed
 
 in_float32 = pytest.mark.skipif(FLOAT64, reason="once is enough")
 
@@ -35,6 +36,23 @@ def test_a_step_is_that_of_a_dense_D(name):
     assert layer_table.written()[cases.BY_NAME[name].row][-1] == "exact"
     _, logs, _, _, (_, _, loss) = steps_on_jax.step(name)
     assert logs["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@in_float32
+@pytest.mark.parametrize(
+    "name, takes_apart",
+    [("transformer", True), ("group_normalization", True), ("batch_normalization", False)],
+)
+def test_fewer_passes_are_taken_where_examples_do_not_mix(name, takes_apart, monkeypatch):
+    taken = []
+
+    def seen(*args):
+        taken.append(unmixed.unmixed(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(linearized, "unmixed", seen)
+    steps_on_jax.new_step(name)
+    assert [apart is not None for apart in taken] == [takes_apart]
 
 
 @pytest.mark.parametrize("name", ["dropout", "batch_normalization", "lstm_dropout", "transformer"])

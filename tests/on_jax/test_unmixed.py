@@ -52,6 +52,7 @@ APART = {
     "two layers": (lambda w: jnp.tanh(X @ w) @ jnp.sin(w).T, W),
     "bias": (lambda w: jnp.tanh(X[:, :3] + w) + w, numbers(3)),
     "scalar": (lambda w: X * w, numbers()),
+    "a row": (lambda w: lax.broadcast_in_dim(w[:1], (N, 3), (0, 1)) * X[:, :3], W),
     "over time": (lambda w: jnp.einsum("nti,io->nto", ROWS, w), W),
     "time first": (lambda w: jnp.swapaxes(jnp.einsum("nti,io->tno", ROWS, w), 0, 1), W),
     "attention": (
