@@ -9,6 +9,8 @@ from jax import lax
 from keras_rgd._support import jaxprs
 from keras_rgd.per_example.unmixed import unmixed
 
+pytestmark = pytest.mark.skipif(jax.config.jax_enable_x64, reason="once is enough")
+
 N = 4
 RNG = np.random.default_rng(0)
 
