@@ -113,13 +113,27 @@ MODELS = {
 }
 
 
+def application(name):
+    """A model of `keras.applications` on 32x32x3, without its weights."""
+    make = getattr(keras.applications, name)
+
+    def outputs(x):
+        rest = dict(weights=None, classes=CLASSES, classifier_activation=None)
+        return make(input_tensor=x, **rest).output
+
+    return Benchmark((32, 32, 3), outputs, steps=5)
+
+
 def benchmark(name):
-    """The `Benchmark` of one of `MODELS`, or of "mlp-WIDTHxDEPTH"."""
+    """The `Benchmark` of one of `MODELS`, of "mlp-WIDTHxDEPTH", or of a `keras.applications`."""
     if name in MODELS:
         return MODELS[name]
+    if name[0].isupper() and hasattr(keras.applications, name):
+        return application(name)
     sizes = re.fullmatch(r"mlp-(\d+)x(\d+)", name)
     if sizes is None:
         raise ValueError(
-            f"Expected one of {', '.join(MODELS)}, or mlp-WIDTHxDEPTH. Received: {name!r}"
+            f"Expected one of {', '.join(MODELS)}, mlp-WIDTHxDEPTH, or a model of "
+            f"keras.applications by its name. Received: {name!r}"
         )
     return Benchmark((784,), mlp(*map(int, sizes.groups())), steps=50)

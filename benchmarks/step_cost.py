@@ -9,7 +9,8 @@ process that does nothing but this one fit, above what it held before it built t
     python -m pip install -e ".[bench]"
     python benchmarks/step_cost.py --csv step_cost.csv --plot step_cost.png
 
-Besides the models of `models.py`, "mlp-WIDTHxDEPTH" is one of any size. With KERAS_BACKEND=jax the
+Besides the models of `models.py`, "mlp-WIDTHxDEPTH" is one of any size, and "ConvNeXtTiny" and the
+other names of `keras.applications` are those on 32x32 images. With KERAS_BACKEND=jax the
 ways are "sgd", "window-W" and "linearized", compiled with XLA; with torch "sgd" and "window-W",
 and its "graph" is eager.
 """

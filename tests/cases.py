@@ -168,6 +168,23 @@ CASES = [
         FLAT,
     ),
     _classifier(
+        "conv1d_groups",
+        "Conv1D(groups=2)",
+        (7, 4),
+        layer(L.Conv1D, 6, 3, groups=2, padding="same", activation="tanh"),
+        MEAN1D,
+        refusable="Conv1D",
+    ),
+    _classifier(
+        "conv2d_groups",
+        "Conv2D(groups=2)",
+        (5, 5, 4),
+        layer(L.Conv2D, 6, 3, groups=2, activation="tanh"),
+        layer(L.Conv2D, 6, 2, groups=6, activation="tanh"),
+        FLAT,
+        refusable="Conv2D",
+    ),
+    _classifier(
         "conv3d",
         "Conv3D",
         (4, 4, 4, 1),

@@ -292,11 +292,12 @@ def test_choosing_moves_no_seed_no_statistic_and_no_weight(name):
         np.testing.assert_array_equal(a, b.numpy())
 
 
-def test_no_trace_of_choosing_stays_in_memory_until_the_step_is_traced():
+@pytest.mark.parametrize("name", ["dense", "conv2d_groups"])
+def test_no_trace_of_choosing_stays_in_memory_until_the_step_is_traced(name):
     def graphs():
         return {id(o) for o in gc.get_objects() if isinstance(o, tf.Graph)}
 
-    case = BY_NAME["dense"]
+    case = BY_NAME[name]
     model = case.compile(steps.build(case), keras_rgd.RGD(0.1))
     x, y, _ = case.batch()
     batch = ways.Batch(tf.constant(x), tf.constant(y))
@@ -317,7 +318,7 @@ def test_no_trace_of_choosing_stays_in_memory_until_the_step_is_traced():
 # sizes that coincide, and sizes that are not known
 
 
-def directions(build, x, y, n=None):
+def directions(build, x, y, n=None, auto="layerwise"):
     """The steps by "auto" and by "double_backward" with one epsilon, on batches of n."""
     results = []
     for way in ("auto", "double_backward"):
@@ -329,9 +330,71 @@ def directions(build, x, y, n=None):
         model.fit(x, y, batch_size=n or len(x), shuffle=False, verbose=0)
         results.append(before - reference.flatten(model.trainable_variables))
         if way == "auto":
-            assert model.optimizer.per_example_choice.name == "layerwise"
+            assert model.optimizer.per_example_choice.name == auto
             assert float(model.optimizer.chosen_epsilon) > 0
     return results
+
+
+def called(function):
+    """A layer's function whose operations are those of a `tf.function`."""
+    traced = tf.function(function, autograph=False)
+    return lambda x, *weights: traced(x, *map(tf.convert_to_tensor, weights))
+
+
+def convolved(x, w):
+    return tf.nn.conv2d(x, w, 1, "SAME")
+
+
+def over_time(x, w):
+    return called(lambda x, w: tf.nn.conv1d(x, w, 1, "SAME"))(x[:, 0], w)
+
+
+def twice(function):
+    def layer(x, *weights):
+        first, second = called(function)(x, *weights)
+        return first + second
+
+    return layer
+
+
+KERNEL = (2, 2, D, D)
+IN_FUNCTIONS = {
+    "a convolution": (called(convolved), [KERNEL], "layerwise"),
+    "a convolution of two kernels": (
+        lambda x, a, b: called(convolved)(x, a * b),
+        [KERNEL, KERNEL],
+        "layerwise",
+    ),
+    "a convolution over time": (over_time, [(2, D, D)], "layerwise"),
+    "one over time of a scaled kernel": (
+        lambda x, w: over_time(x, 2 * w),
+        [(2, D, D)],
+        "layerwise",
+    ),
+    "with more than that": (called(lambda x, w: 2 * convolved(x, w)), [KERNEL], "double_backward"),
+    "another operation": (called(lambda x, w: tf.matmul(x, w)), [(D, D)], "double_backward"),
+    "two outputs": (
+        twice(lambda x, w: (convolved(x, w), tf.tanh(convolved(x, w)))),
+        [KERNEL],
+        "double_backward",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", swept(IN_FUNCTIONS, ["one over time of a scaled kernel", "two outputs"])
+)
+def test_a_convolution_in_a_function_is_seen_and_what_else_is_in_one_is_not(name):
+    function, shapes, way = IN_FUNCTIONS[name]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(N, T, T, D)).astype("float32")
+
+    def build():
+        stack = [Own(function, *shapes), L.Activation("tanh"), L.Flatten(), L.Dense(3)]
+        return keras_rgd.RGDSequential([keras.Input((T, T, D)), *stack])
+
+    ours, other = directions(build, x, rng.integers(0, 3, N), auto=way)
+    assert reference.relative_error(ours, other) < 1e-6
 
 
 def test_as_many_examples_as_timesteps_are_told_apart():

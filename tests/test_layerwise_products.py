@@ -162,6 +162,9 @@ LAYERS = {
     "conv3d": ((2, 3, 3, 1), lambda: L.Conv3D(2, 2)),
     "conv2d transposed": ((3, 3, 2), lambda: L.Conv2DTranspose(2, 2)),
     "depthwise": ((4, 4, 2), lambda: L.DepthwiseConv2D(2)),
+    "conv2d in groups": ((4, 4, 4), lambda: L.Conv2D(4, 2, groups=2)),
+    "conv2d of each channel": ((4, 4, 3), lambda: L.Conv2D(6, 2, groups=3)),
+    "conv1d in groups": ((6, 4), lambda: L.Conv1D(4, 2, groups=2)),
     "einsum": ((T, D), lambda: L.EinsumDense("abc,cd->abd", (T, 5))),
     "scale": ((T, D), own(lambda x, a, b: a * x + b, (D,), (D,))),
     "low rank": ((T, D), own(*COMBINED["low rank"])),
@@ -180,6 +183,7 @@ def masked_batch(shape, fill):
 # By the Gram matrix, and by products.
 BOTH = [(name, gram) for name in LAYERS for gram in (True, False)]
 FEW = [("dense", True), ("used twice", True), ("conv2d", False), ("low rank", False)]
+FEW += [("conv2d in groups", False)]
 
 
 @pytest.mark.parametrize("name, gram", swept(BOTH, FEW))

@@ -30,6 +30,7 @@ WAYS = ("layerwise", "double_backward", "vectorized_map")
 # One step of each case by each way (see steps.py). Always: one of each form that "layerwise" has,
 # of each kind of loss and model, and of what each way refuses; zoos hold the other layers.
 LAYERWISE = ["dense", "einsum_dense_prelu", "conv2d", "conv3d", "depthwise_conv2d"]
+LAYERWISE += ["conv1d_groups", "conv2d_groups"]
 LAYERWISE += ["conv2d_transpose", "conv3d_transpose", "batch_normalization", "layer_normalization"]
 LAYERWISE += ["dropout", "embedding", "embedding_mask_loss", "transformer", "lstm"]
 LAYERWISE += ["shared_layer", "two_inputs_two_outputs", "dictionaries", "sample_weight"]

@@ -18,6 +18,7 @@ ZOOS = {
     "images": (
         "conv2d",
         "conv3d",
+        "conv2d_groups",
         "depthwise_conv2d",
         "separable_conv1d",
         "conv1d_transpose",

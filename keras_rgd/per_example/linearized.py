@@ -144,8 +144,8 @@ class Linearized(PerExampleGradients):
         try:
             _, back = jax.vjp(self._pull, ops.zeros_like(self._like[1]))
         except Exception as error:  # each kernel has a class of its own
-            layers = ", ".join(f"'{name}'" for name in layers)
-            raise NotExactError(_NO_DERIVATIVE.format(layers=layers), _TURN_OFF) from error
+            names = ", ".join(f"'{name}'" for name in layers)
+            raise NotExactError(_NO_DERIVATIVE.format(layers=names), _TURN_OFF) from error
         return lambda v: back(v)[0]
 
     def _dot(self, v: Vector) -> Tensor:

@@ -19,10 +19,8 @@ from keras_rgd.per_example.layerwise.forms import ROOM, Form, NoFormError, besid
 from keras_rgd.per_example.layerwise.products import Contraction
 
 
-class Convolution(Form):
-    """T is the kernel of a convolution: its rows from shifted images.
-
-    "Image" stands for what the kernel slides over, in one, two or three dimensions of space.
+class Sliding(Form):
+    """T is a kernel that slides over an image, in one, two or three dimensions of space.
 
     Args:
         image: what the kernel slides over, (N * P, *space, A).
@@ -48,12 +46,9 @@ class Convolution(Form):
         self._places = list(response.shape[1:-1])
         if None in image.shape[1:] or None in self._places or rows_per_example is None:
             raise NoFormError("a convolution over a space of unknown extent")
-        self._p = p = rows_per_example * math.prod(self._places)
-        self.work = self.rows_work = n * p * self.size
-        ghost = n * n * p * p * (self._patch + self.shape[-1])
-        through_rows = self.work + n * n * self.size
-        self._ghost = ghost < through_rows
-        self.gram_work = min(ghost, through_rows)
+        self._p = rows_per_example * math.prod(self._places)
+        self.work = self.rows_work = n * self._p * self.size
+        self.gram_work = self.work + n * n * self.size
 
     def _shifts(self):
         """What to cut out of the image for each entry of the window, by axes.
@@ -84,6 +79,32 @@ class Convolution(Form):
         with tf.control_dependencies([self._response, *after]):
             return self._slid(_padded(self._image, pads), axes)
 
+    def _slid(self, image, axes):
+        """Parts of an image, each (N, P * places, A), for the slices of each axis of space."""
+        slid = _parts(image, axes)
+        shape = tf.constant(self._of_example(slid[0]))
+        return [tf.reshape(t, shape) for t in slid]
+
+    def _of_examples(self, t):
+        return tf.reshape(t, self._of_example(t))
+
+    def _of_example(self, t):
+        return [-1, self._rows_per_example * math.prod(t.shape[1:-1]), t.shape[-1]]
+
+
+class Convolution(Sliding):
+    """The kernel of an ordinary convolution: its rows from shifted images.
+
+    Args:
+        *sliding: as for `Sliding`.
+    """
+
+    def __init__(self, *sliding):
+        super().__init__(*sliding)
+        ghost = self._n**2 * self._p**2 * (self._patch + self.shape[-1])
+        self._ghost = ghost < self.gram_work
+        self.gram_work = min(ghost, self.gram_work)
+
     @property
     def _moves_response(self):
         """Whether to shift the response and not the image along the window's last axis.
@@ -113,18 +134,6 @@ class Convolution(Form):
             whole = [slice(0, extent, 1)]
             images = self._slid(image, [*(slices for _, slices in others), whole])
             return images, self._of_examples(response)
-
-    def _slid(self, image, axes):
-        """Parts of an image, each (N, P * places, A), for the slices of each axis of space."""
-        slid = _parts(image, axes)
-        shape = tf.constant(self._of_example(slid[0]))
-        return [tf.reshape(t, shape) for t in slid]
-
-    def _of_examples(self, t):
-        return tf.reshape(t, self._of_example(t))
-
-    def _of_example(self, t):
-        return [-1, self._rows_per_example * math.prod(t.shape[1:-1]), t.shape[-1]]
 
     def _rows(self, after):
         if self._moves_response:
@@ -194,17 +203,19 @@ class Convolution(Form):
         return form.gram(outer)
 
 
-class Depthwise(Form):
-    """T is the kernel of a depthwise convolution, which works on each channel by itself.
+class GroupedConvolution(Form):
+    """T is the kernel of a convolution in groups: each group of channels has a part of it.
 
-    So the batch as one image, with the examples' channels side by side, has all their gradients in
-    one derivative.
+    So each group of an example is an example of an ordinary convolution, whose rows are the parts
+    of the example's row.
 
     Args:
-        image: (N * P, height, width, A).
-        response: (N * P, height, width, A * M).
-        shape: of the kernel, (height, width, A, M).
-        arguments: strides, padding, dilations as of the operation.
+        image: (N * P, *space, G * A).
+        response: (N * P, *places, G * B).
+        shape: of the kernel, (*window, A, G * B).
+        strides: of the window.
+        dilations: of the window.
+        padding: "SAME" or "VALID".
         rows_per_example: P, how many images one example has.
         n: N, or a guess of it, to count work by.
 
@@ -212,36 +223,58 @@ class Depthwise(Form):
         NoFormError: the image's extents or P are open in the trace.
     """
 
-    def __init__(self, image, response, shape, arguments, rows_per_example, n):
+    def __init__(self, image, response, shape, strides, dilations, padding, rows_per_example, n):
         super().__init__(shape)
-        self._image, self._response = image, response
-        self._arguments, self._rows_per_example = arguments, rows_per_example
-        if None in image.shape[1:] or rows_per_example is None:
+        if rows_per_example is None or None in [*image.shape[1:], *response.shape[1:]]:
             raise NoFormError("a convolution over a space of unknown extent")
-        self.work = n * rows_per_example * math.prod(response.shape[1:]) * shape[0] * shape[1]
-        self.rows_work = self.work
+        self._groups = groups = image.shape[-1] // shape[-2]
+        self._each = Convolution(
+            _by_group(image, groups, rows_per_example),
+            _by_group(response, groups, rows_per_example),
+            [*shape[:-1], shape[-1] // groups],
+            strides,
+            dilations,
+            padding,
+            rows_per_example,
+            n * groups,
+        )
+        self.work = self.rows_work = self._each.work
         self.gram_work = self.work + n * n * self.size
 
     def _rows(self, after):
-        height, width, channels, multiplier = self.shape
-        n = tf.shape(self._image)[0]
-        kernels = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
-            input=self._side_by_side(self._image),
-            filter_sizes=tf.stack([height, width, n * channels, multiplier]),
-            out_backprop=self._side_by_side(self._response),
-            **self._arguments,
-        )
-        kernels = tf.reshape(kernels, [height, width, n, channels, multiplier])
-        rows = tf.reshape(tf.transpose(kernels, [2, 0, 1, 3, 4]), [n, self.size])
-        if self._rows_per_example > 1:
-            rows = tf.reduce_sum(tf.reshape(rows, [-1, self._rows_per_example, self.size]), 1)
-        return [rows]
+        # Not by `_each.rows`, which would keep them a second time.
+        rows = self._each._shaped(beside(self._each._rows(after)), [-1])
+        *window, a, b = self._each.shape
+        rows = tf.reshape(rows, [-1, self._groups, math.prod(window) * a, b])
+        return [tf.reshape(tf.transpose(rows, [0, 2, 1, 3]), [-1, self.size])]
 
-    @staticmethod
-    def _side_by_side(t):
-        height, width, channels = t.shape[1:]
-        t = tf.transpose(t, [1, 2, 0, 3])
-        return tf.reshape(t, [1, height, width, tf.shape(t)[2] * channels])
+
+def _by_group(t, groups, rows_per_example):
+    """(N * P, *space, G * A) as (N * G * P, *space, A)."""
+    *space, channels = t.shape[1:]
+    each = channels // groups
+    t = tf.reshape(t, [-1, rows_per_example, math.prod(space), groups, each])
+    return tf.reshape(tf.transpose(t, [0, 3, 1, 2, 4]), [-1, *space, each])
+
+
+class Depthwise(Sliding):
+    """The kernel of a depthwise convolution, which works on each channel by itself.
+
+    Args:
+        *sliding: as for `Sliding`, with a response (N * P, *places, A * M) and a kernel
+            (*window, A, M).
+    """
+
+    def _rows(self, after):
+        *_, channels, multiplier = self.shape
+        response = self._of_examples(self._response)
+        images = self._images(after)
+        if multiplier > 1:
+            response = tf.reshape(response, [-1, self._p, channels, multiplier])
+            images = [image[..., None] for image in images]
+        # One sum over the places for each entry of the window.
+        entries = [tf.reduce_sum(image * response, 1) for image in images]
+        return [tf.reshape(tf.stack(entries, 1), [-1, self.size])]
 
 
 def _padded(t, pads):

@@ -201,6 +201,46 @@ class Mapped(Form):
         return [self._all]
 
 
+class Reshaped(Form):
+    """T is another form's, in another shape with its entries in the same order.
+
+    Args:
+        form: the other form.
+        shape: of T.
+    """
+
+    def __init__(self, form, shape):
+        super().__init__(shape)
+        self._form = form
+        self.work, self.gram_work = form.work, form.gram_work
+        self.rows_work = form.rows_work
+
+    @property
+    def has_rows(self):
+        return self._form.has_rows
+
+    @has_rows.setter
+    def has_rows(self, held):
+        self._form.has_rows = held
+
+    @property
+    def _keeps_rows(self):
+        return self._form._keeps_rows
+
+    def _rows(self, after):
+        rows = self._form._shaped(beside(self._form.fresh_rows(after)), [-1])
+        return [tf.reshape(rows, [-1, self.size])]
+
+    def dot(self, v):
+        return self._form.dot(tf.reshape(v, self._form.shape))
+
+    def combine(self, w):
+        return tf.reshape(self._form.combine(w), self.shape)
+
+    def gram(self, outer, after=()):
+        return self._form.gram(outer, after)
+
+
 class Lookup(Form):
     """T is a table of which each example reads some entries, as an Embedding's.
 

@@ -11,11 +11,12 @@ import functools
 
 import tensorflow as tf
 
-from keras_rgd._keras.graphs import current_graph
+from keras_rgd._keras.graphs import current_graph, handles_in
 from keras_rgd._support import rounding, vectors
 from keras_rgd.per_example.batch import Batch
 from keras_rgd.per_example.gradients import ExampleSpace, squares_of_rows
 from keras_rgd.per_example.layerwise.forms import ROW_ENTRIES
+from keras_rgd.per_example.layerwise.functions import CALLS, holds_others
 from keras_rgd.per_example.layerwise.options import LayerwiseOptions
 from keras_rgd.per_example.layerwise.parts import Parts
 from keras_rgd.per_example.layerwise.uses import NotVisibleError, find_uses
@@ -94,8 +95,15 @@ class Layerwise(TensorFlowGradients):
             self.n_examples if known else None,
             bool(options.repeats),
         )
+        for use in uses:
+            if use.inside is None and holds_others(use.op):
+                unseen = f"an operation whose inside cannot be seen ({use.op.type})"
+                raise NotVisibleError(min(use.path.weights), unseen)
         # Not by the tape, which keeps the graph alive where one use's output leads to another's.
-        gradients = tf.gradients(self._outputs, [use.output for use in uses], cotangents)
+        # With what called functions are given, as TensorFlow differentiates a call by an operation
+        # that XLA does not have where no gradient is asked for before it.
+        places = [use.output for use in uses] + _given_to_calls(operations)
+        gradients = tf.gradients(self._outputs, places, cotangents)[: len(uses)]
         self.repeats = sum(use.repeats for use in uses)
         if options.repeats is not True and self.repeats != options.repeats:
             weight = min(uses[0].path.weights)
@@ -274,14 +282,15 @@ class Layerwise(TensorFlowGradients):
             if r is not None:
                 rows = tf.reshape(m * self._unit, [-1] + [1] * (r.shape.rank - 1))
                 cotangents[i] += tf.cast(rows * tf.cast(r, self.dtype), cotangents[i].dtype)
-        return self.cast(
-            self._tape.gradient(
-                total + self._outputs,
-                self.weights,
-                factors + cotangents,
-                unconnected_gradients=zero,
-            )
+        # As for the uses, so that the functions that the model calls are compiled once for both.
+        gradients = tf.gradients(
+            total + self._outputs,
+            handles_in(current_graph(), self.weights),
+            factors + cotangents,
+            stop_gradients=self._copies,
         )
+        pairs = zip(gradients, self.weights, strict=True)
+        return self.cast([tf.zeros(w.shape) if g is None else g for g, w in pairs])
 
     def reweighted_and_squares(self, m):
         """What the trial compares: sum_i m_i g_i, and its square computed in two ways.
@@ -308,6 +317,11 @@ class Layerwise(TensorFlowGradients):
 
     def _with_r(self, combined):
         return combined if self._r_gradient is None else vectors.add(self._r_gradient, combined)
+
+
+def _given_to_calls(operations):
+    calls = [op for op in operations if op.type in CALLS]
+    return [t for op in calls for t in op.inputs if t.dtype.is_floating]
 
 
 def _square(tensor):

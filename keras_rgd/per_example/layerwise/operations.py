@@ -10,9 +10,20 @@ import math
 import tensorflow as tf
 
 from keras_rgd.per_example import single_operation
-from keras_rgd.per_example.layerwise.convolutions import Convolution, Depthwise
-from keras_rgd.per_example.layerwise.forms import Elementwise, Lookup, Mapped, NoFormError
-from keras_rgd.per_example.layerwise.products import Contraction
+from keras_rgd.per_example.layerwise.convolutions import (
+    Convolution,
+    Depthwise,
+    GroupedConvolution,
+)
+from keras_rgd.per_example.layerwise.forms import (
+    Elementwise,
+    Lookup,
+    Mapped,
+    NoFormError,
+    Reshaped,
+)
+from keras_rgd.per_example.layerwise.functions import seen_inside
+from keras_rgd.per_example.layerwise.products import contraction
 from keras_rgd.per_example.vectorized_map import CRASH_UNCOMPILED, NOT_VECTORIZED, quiet
 
 _LABELS = "abcdefghijklmopqrstuvwxyz"  # not n, which is for the examples
@@ -34,14 +45,18 @@ def form_of(use, gradient, dtype, n):
         NoFormError: the operation has no closed form for a weight as this one of its inputs, and
             `tf.vectorized_map` cannot run its derivative.
     """
+    outer, inputs = use, list(use.op.inputs)
+    if use.inside is not None:
+        use, inputs, gradient = seen_inside(use, gradient)
     make = _FORMS.get(use.op.type, _mapped)
-    inputs = [tf.cast(t, dtype) if t.dtype.is_floating else t for t in use.op.inputs]
+    inputs = [tf.cast(t, dtype) if t.dtype.is_floating else t for t in inputs]
     gradient = tf.cast(gradient, dtype)
     if use.blocks > 1:
         gradient = _examples_first(gradient, use.blocks)
         for number in use.example_inputs:
             inputs[number] = _examples_first(inputs[number], use.blocks)
-    return make(use, inputs, gradient, n)
+    form = make(use, inputs, gradient, n)
+    return form if use.shape == outer.shape else Reshaped(form, outer.shape)
 
 
 def _examples_first(t, blocks):
@@ -73,8 +88,8 @@ def _matmul(use, inputs, gradient, n):
     x.set_shape([None, rows])  # the static shape after a reshape to (N * T, A) may not say A
     x, gradient = _split(x, use), _split(gradient, use)
     if use.rows_per_example == 1:
-        return _contraction("na", t, "nb", x, gradient, use, n)
-    return _contraction("npa", t, "npb", x, gradient, use, n)
+        return contraction("na", t, "nb", x, gradient, use, n)
+    return contraction("npa", t, "npb", x, gradient, use, n)
 
 
 def _batch_matmul(use, inputs, gradient, n):
@@ -89,7 +104,7 @@ def _batch_matmul(use, inputs, gradient, n):
         lead = _batch_labels(batch)[batch - (rank - 2) :]
         labels.append(lead + (matrix[::-1] if flipped else matrix))
     weight, other = labels[use.weight_input], labels[1 - use.weight_input]
-    return _contraction(other, weight, _batch_labels(batch) + "ik", x, gradient, use, n)
+    return contraction(other, weight, _batch_labels(batch) + "ik", x, gradient, use, n)
 
 
 def _batch_labels(count):
@@ -108,74 +123,7 @@ def _einsum(use, inputs, gradient, n):
         if label not in rename:
             rename[label] = _LABELS[len(rename)]
     weight, other, z = ("".join(rename[c] for c in term) for term in (weight, other, z))
-    return _contraction(other, weight, z, inputs[1 - use.weight_input], gradient, use, n)
-
-
-def _contraction(x_labels, t_labels, z_labels, x, gradient, use, n):
-    """The form of z = einsum(x, T), T the weight: as `Contraction` needs its factors.
-
-    Each label falls in one of five groups: with "npa,ab->npb" (a dense layer over time) a is
-    `left`, b is `right` and p is one of `places`; labels of all three tensors are `in_all` (a
-    matrix of its own for each), and labels of x alone are `summed` first.
-    """
-    terms = (x_labels, t_labels, z_labels)
-    name = f"the contraction {x_labels},{t_labels}->{z_labels}"
-    if any(len(set(term)) != len(term) for term in terms) or "n" in t_labels:
-        raise NoFormError(name)
-    if x_labels[0] != "n" or z_labels[0] != "n":
-        raise NoFormError("examples along another axis than 0")
-    size = dict(zip(t_labels, use.shape, strict=True))
-    for labels, t in ((x_labels, x), (z_labels, gradient)):
-        for label, extent in zip(labels, t.shape, strict=True):
-            if size.get(label) not in (None, extent):
-                raise NoFormError("a weight that is broadcast in the product")
-    in_all = [c for c in t_labels if c in x_labels and c in z_labels]
-    left = [c for c in t_labels if c in x_labels and c not in z_labels]
-    right = [c for c in t_labels if c in z_labels and c not in x_labels]
-    places = [c for c in z_labels[1:] if c in x_labels and c not in t_labels]
-    summed = [c for c in x_labels if c not in t_labels and c not in z_labels]
-    seen = len(in_all) + len(left) + len(right)
-    if seen != len(t_labels) or set(z_labels) - {"n", *t_labels, *x_labels}:
-        raise NoFormError(name)
-    if summed:
-        x = tf.reduce_sum(x, [x_labels.index(c) for c in summed])
-        x_labels = "".join(c for c in x_labels if c not in summed)
-    arranged = [
-        _arrange(t, labels, [in_all, places, last])
-        for t, labels, last in ((x, x_labels, left), (gradient, z_labels, right))
-    ]
-    order = [*in_all, *left, *right]
-    permutation = [order.index(c) for c in t_labels]
-    straight = permutation == sorted(permutation)
-    return Contraction(
-        *arranged,
-        use.shape,
-        n,
-        order=None if straight else permutation,
-        split=None if straight else [size[c] for c in order],
-    )
-
-
-def _arrange(t, labels, groups):
-    """A tensor with its axes as (N, *in_all, P, last), P and `last` each flattened to one axis.
-
-    Without P where neither `places` nor `in_all` has a label.
-    """
-    in_all, places, last = groups
-    order = [labels.index(c) for c in ["n", *in_all, *places, *last]]
-    if order != sorted(order):
-        t = tf.transpose(t, order)
-    kept, rest = t.shape[1 : 1 + len(in_all)], t.shape[1 + len(in_all) :]
-    p, flat = rest[: len(places)], rest[len(places) :].num_elements()
-    if flat is None or not kept.is_fully_defined():
-        raise NoFormError("a product over axes of unknown extent")
-    if len(last) == 1 and (len(places) == 1 or not places and not in_all):
-        return t
-    if not places:
-        return tf.reshape(t, [-1, *kept, 1, flat] if in_all else [-1, flat])
-    if p.is_fully_defined():
-        return tf.reshape(t, [-1, *kept, p.num_elements(), flat])
-    return tf.reshape(t, [tf.shape(t)[0], *kept, -1, flat])
+    return contraction(other, weight, z, inputs[1 - use.weight_input], gradient, use, n)
 
 
 def _gather(use, inputs, gradient, n):
@@ -229,15 +177,18 @@ def _convolution(use, image, response, n):
         last = [0, *range(2, image.shape.rank), 1]
         image, response = tf.transpose(image, last), tf.transpose(response, last)
         strides, dilations = ([a[0], *a[2:], 1] for a in (strides, dilations))
-    if image.shape[-1] != shape[-2] or response.shape[-1] != shape[-1]:
-        raise NoFormError("a convolution in groups")
     steps_over = any(s > w for s, w in zip(strides[1:-1], shape[:-2], strict=True))
     if len(shape) == 5 and padding == "SAME" and steps_over:
         # On a CPU TensorFlow begins such a Conv3D inside the image, elsewhere at its edge.
         raise NoFormError("a convolution in three dimensions that leaves out entries")
-    return Convolution(
-        image, response, shape, strides[1:-1], dilations[1:-1], padding, use.rows_per_example, n
-    )
+    rest = (strides[1:-1], dilations[1:-1], padding, use.rows_per_example, n)
+    groups = image.shape[-1] // shape[-2]
+    if groups == 1:
+        return Convolution(image, response, shape, *rest)
+    if shape[-2] == 1:
+        by_channel = [*shape[:-2], groups, shape[-1] // groups]
+        return Reshaped(Depthwise(image, response, by_channel, *rest), shape)
+    return GroupedConvolution(image, response, shape, *rest)
 
 
 def _depthwise(use, inputs, gradient, n):
@@ -245,9 +196,9 @@ def _depthwise(use, inputs, gradient, n):
     padding = op.get_attr("padding").decode()
     if use.weight_input != 1 or padding == "EXPLICIT" or op.get_attr("data_format") != b"NHWC":
         raise NoFormError("a depthwise convolution of this kind")
-    arguments = dict(strides=list(op.get_attr("strides")), padding=padding)
-    arguments["dilations"] = list(op.get_attr("dilations"))
-    return Depthwise(inputs[0], gradient, use.shape, arguments, use.rows_per_example, n)
+    strides, dilations = (list(op.get_attr(name))[1:-1] for name in ("strides", "dilations"))
+    rest = (strides, dilations, padding, use.rows_per_example, n)
+    return Depthwise(inputs[0], gradient, use.shape, *rest)
 
 
 def _elementwise(derivative):
@@ -294,8 +245,6 @@ def _signed(weight_input, inputs, gradient):
 def _mapped(use, inputs, gradient, n):
     """Any other operation: its vector-Jacobian product under `tf.vectorized_map`."""
     op = use.op
-    if any(attr.type == "func" for attr in op.op_def.attr):
-        raise NoFormError(f"an operation whose inside cannot be seen ({op.type})")
     if op.type in NOT_VECTORIZED | CRASH_UNCOMPILED or use.rows_per_example != 1:
         raise NoFormError(f"the operation {op.type}")
 

@@ -11,7 +11,7 @@ numbers, and its part of the Gram matrix can be had in two ways:
 
 import tensorflow as tf
 
-from keras_rgd.per_example.layerwise.forms import PLACES, ROOM, Form, column, flat
+from keras_rgd.per_example.layerwise.forms import PLACES, ROOM, Form, NoFormError, column, flat
 
 
 class Contraction(Form):
@@ -122,3 +122,70 @@ class Contraction(Form):
         p = self._left.shape[1]
         products = tf.reshape(outer(left) * outer(right), [-1, p, tf.shape(left)[0] // p, p])
         return tf.reduce_sum(products, [1, 3])
+
+
+def contraction(x_labels, t_labels, z_labels, x, gradient, use, n):
+    """The form of z = einsum(x, T), T the weight: as `Contraction` needs its factors.
+
+    Each label falls in one of five groups: with "npa,ab->npb" (a dense layer over time) a is
+    `left`, b is `right` and p is one of `places`; labels of all three tensors are `in_all` (a
+    matrix of its own for each), and labels of x alone are `summed` first.
+    """
+    terms = (x_labels, t_labels, z_labels)
+    name = f"the contraction {x_labels},{t_labels}->{z_labels}"
+    if any(len(set(term)) != len(term) for term in terms) or "n" in t_labels:
+        raise NoFormError(name)
+    if x_labels[0] != "n" or z_labels[0] != "n":
+        raise NoFormError("examples along another axis than 0")
+    size = dict(zip(t_labels, use.shape, strict=True))
+    for labels, t in ((x_labels, x), (z_labels, gradient)):
+        for label, extent in zip(labels, t.shape, strict=True):
+            if size.get(label) not in (None, extent):
+                raise NoFormError("a weight that is broadcast in the product")
+    in_all = [c for c in t_labels if c in x_labels and c in z_labels]
+    left = [c for c in t_labels if c in x_labels and c not in z_labels]
+    right = [c for c in t_labels if c in z_labels and c not in x_labels]
+    places = [c for c in z_labels[1:] if c in x_labels and c not in t_labels]
+    summed = [c for c in x_labels if c not in t_labels and c not in z_labels]
+    seen = len(in_all) + len(left) + len(right)
+    if seen != len(t_labels) or set(z_labels) - {"n", *t_labels, *x_labels}:
+        raise NoFormError(name)
+    if summed:
+        x = tf.reduce_sum(x, [x_labels.index(c) for c in summed])
+        x_labels = "".join(c for c in x_labels if c not in summed)
+    arranged = [
+        _arrange(t, labels, [in_all, places, last])
+        for t, labels, last in ((x, x_labels, left), (gradient, z_labels, right))
+    ]
+    order = [*in_all, *left, *right]
+    permutation = [order.index(c) for c in t_labels]
+    straight = permutation == sorted(permutation)
+    return Contraction(
+        *arranged,
+        use.shape,
+        n,
+        order=None if straight else permutation,
+        split=None if straight else [size[c] for c in order],
+    )
+
+
+def _arrange(t, labels, groups):
+    """A tensor with its axes as (N, *in_all, P, last), P and `last` each flattened to one axis.
+
+    Without P where neither `places` nor `in_all` has a label.
+    """
+    in_all, places, last = groups
+    order = [labels.index(c) for c in ["n", *in_all, *places, *last]]
+    if order != sorted(order):
+        t = tf.transpose(t, order)
+    kept, rest = t.shape[1 : 1 + len(in_all)], t.shape[1 + len(in_all) :]
+    p, flat = rest[: len(places)], rest[len(places) :].num_elements()
+    if flat is None or not kept.is_fully_defined():
+        raise NoFormError("a product over axes of unknown extent")
+    if len(last) == 1 and (len(places) == 1 or not places and not in_all):
+        return t
+    if not places:
+        return tf.reshape(t, [-1, *kept, 1, flat] if in_all else [-1, flat])
+    if p.is_fully_defined():
+        return tf.reshape(t, [-1, *kept, p.num_elements(), flat])
+    return tf.reshape(t, [tf.shape(t)[0], *kept, -1, flat])

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_rgd._keras.graphs import current_graph, handles_in
+from keras_rgd.per_example.layerwise.functions import called
 
 # Operations that read the shape of a tensor and not its entries.
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank", "VariableShape"}
@@ -88,7 +89,7 @@ class Use:
     """One operation that joins weights with examples.
 
     Attributes:
-        op: the operation.
+        op: the operation, or the call of a function that does nothing else than it.
         weight_input: the number of its input that is made of weights alone.
         path: how that input follows from the weights.
         shape: of that input, a list.
@@ -101,6 +102,7 @@ class Use:
         blocks: how many copies of the batch stand one after another along axis 0: 1, but for the
             convolution inside a dilated one, where TensorFlow's SpaceToBatchND has moved that many
             blocks of space there.
+        inside: the `Called` of a call, else `None`.
     """
 
     op: tf.Operation
@@ -111,6 +113,7 @@ class Use:
     rows_per_example: int | None
     n_examples: Any
     blocks: int
+    inside: Any = None
 
     @property
     def tensor(self):
@@ -162,11 +165,13 @@ def find_uses(operations, weights, examples, n, repeats):
     """
     handles = {t.name: i for i, t in enumerate(handles_in(current_graph(), weights))}
     n_examples = tf.shape(examples[0])[0] if n is None else n
+    read = {t.name for op in operations for t in op.inputs}
     of_weights, of_examples, found = {}, _OfExamples(examples), []
     for op in operations:
         if op.type in _SHAPES or op.type in _ASSIGN:
             continue
-        via = _weight_inputs(op, of_weights, handles, weights)
+        inside = called(op, read)
+        via = _weight_inputs(op, of_weights, handles, weights, inside)
         joined = of_examples.inputs(op)
         if via and not joined:
             joined = of_examples.started(op, via, n)
@@ -182,11 +187,12 @@ def find_uses(operations, weights, examples, n, repeats):
         for number, (path, shape) in via.items():
             if shape.rank is None or None in shape:
                 raise NotVisibleError(min(path.weights), f"{op.type} of a weight of unknown shape")
-            found.append(Use(op, number, path, shape.as_list(), joined, rows, n_examples, blocks))
+            use = Use(op, number, path, shape.as_list(), joined, rows, n_examples, blocks, inside)
+            found.append(use)
     return found
 
 
-def _weight_inputs(op, of_weights, handles, weights):
+def _weight_inputs(op, of_weights, handles, weights, inside):
     """The inputs of an operation that are made of weights alone: number -> (`Path`, shape)."""
     found = {}
     for number, t in enumerate(op.inputs):
@@ -194,7 +200,7 @@ def _weight_inputs(op, of_weights, handles, weights):
             found[number] = of_weights[t.name], t.shape
         elif t.name in handles:
             index = handles[t.name]
-            if op.type not in ("ReadVariableOp", "ResourceGather"):
+            if op.type not in ("ReadVariableOp", "ResourceGather") and inside is None:
                 raise NotVisibleError(index, f"the operation {op.type}")
             found[number] = Path(frozenset([index]), ()), weights[index].shape
     return found
