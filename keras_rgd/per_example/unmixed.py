@@ -150,9 +150,9 @@ class UnmixedGradients:
 
 
 def unmixed(linear: Any, n_examples: int) -> Unmixed | None:
-    """J = B A for v -> J v, traced, whose output has the shape (N,); `None` where examples mix.
+    """J = B A for v -> J v, traced, with an output (N,); `None` where that saves nothing.
 
-    Examples that do not are sometimes not seen not to, as in a layer that scans over time.
+    So it is where examples mix early and stay in what comes after: A and B would share equations.
     """
     linear = jaxprs.inlined(linear)
     axes = _axes(linear.jaxpr, n_examples)
