@@ -197,7 +197,7 @@ REFUSED = {
         "gives an example an",
     ),
     "loop": (looped, (D, D), "own/w0' in the operation"),
-    "tf.function": (tf_function, (D, D), "own/w0' in the operation"),
+    "tf.function": (tf_function, (D, D), "own/w0' in a function with the operation"),
     "other gradient": (
         lambda x, w: reversed_gradient(x, w.value),
         (D, D),
