@@ -1,4 +1,4 @@
-"""Functions as JAX has traced them: run again, run at zero, taken apart where examples stay apart.
+"""Functions as JAX has traced them: run again, also with some of their inputs at 0.
 
 A traced function (a jaxpr) is a list of equations, each a primitive of JAX with its operands.
 """
@@ -77,7 +77,7 @@ def operands_in(equation: Any, variables: set[Any]) -> dict[int, Any]:
 def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
     """What an equation gives for such operands."""
     params = equation.primitive.get_bind_params(equation.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX to 0.9 or so
+    functions, params = params if isinstance(params, tuple) else ((), params)  # as older JAX has it
     with jax.named_scope(str(equation.source_info.name_stack)):
         given = equation.primitive.bind(*functions, *operands, **params)
     return list(given) if equation.primitive.multiple_results else [given]
