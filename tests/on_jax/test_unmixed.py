@@ -158,12 +158,9 @@ def taken_apart(function, w):
 def check(apart, J, w, tolerance):
     v, u = numbers(*w.shape), numbers(N)
 
-    @jax.jit
-    def both(w):
-        product = apart.linearized([w], 1.0)
-        return product.dot([v], "float32"), product.combine(u)[0]
-
-    k, combined = both(w)
+    # Not compiled: JAX 0.6 folds what is known of a convolution's gradient to wrong numbers.
+    product = apart.linearized([w], 1.0)
+    k, combined = product.dot([v], "float32"), product.combine(u)[0]
     scale = np.linalg.norm(J)
     np.testing.assert_allclose(k, J @ np.ravel(v), atol=tolerance * scale)
     np.testing.assert_allclose(np.ravel(combined), J.T @ np.asarray(u), atol=tolerance * scale)
